@@ -1,0 +1,20 @@
+"""AutoInt's interacting layer, fused into one pass over each sample.
+
+    from autoint_fast import InteractingLayer
+
+    layer = InteractingLayer(n_head=2, emb_size=16)
+    out = layer(x)  # x (B, F, 16) -> (B, F, 16)
+"""
+
+from pathlib import Path as _Path
+
+# From the repository's root, the folder autoint_fast shadows a regular or strict editable install, and the engines
+# lie beside it instead of in it.
+if not (_Path(__path__[0]) / "kernels").is_dir():
+    __path__.append(str(_Path(__path__[0]).parent))
+
+from .layer import InteractingLayer, why
+from .reference import ReferenceInteractingLayer, interacting_reference
+from .version import __version__
+
+__all__ = ["InteractingLayer", "ReferenceInteractingLayer", "__version__", "interacting_reference", "why"]

@@ -1,0 +1,123 @@
+"""Which engine runs a call: one list of reasons serves the choice, the error and `why`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from .reference import InteractingParameters
+from .weights import Layout
+
+
+class Call(NamedTuple):
+    """What the choice of an engine may depend on.
+
+    The batch size is not part of it, so that torch.compile and torch.export keep the batch dynamic.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    n_fields: int
+    layout: Layout
+    transforms: bool
+
+
+class Engine(Protocol):
+    """What every engine module provides; shapes and contracts as in `kernels.torch_engine`."""
+
+    def unsupported(self, call: Call) -> list[str]: ...
+
+    def fold(self, p: InteractingParameters, layout: Layout) -> Tensor: ...
+
+    def fold_backward(
+        self, grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]
+    ) -> list[Tensor | None]: ...
+
+    def interact(self, x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor: ...
+
+    def interact_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        packed: Tensor,
+        out: Tensor,
+        mask: Tensor | None,
+        layout: Layout,
+        needs: int,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+ENGINES = ("triton", "torch")
+BACKENDS = ("auto", *ENGINES, "reference")
+
+
+@functools.cache
+def engine(name: str) -> Engine:
+    """The engine module of that name, imported on first use."""
+    return cast(Engine, importlib.import_module(f"autoint_fast.kernels.{name}_engine"))
+
+
+def check_backend(backend: str) -> None:
+    """Raises TypeError for what is no string, ValueError for an unknown name."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def describe_call(x: Tensor, dtype: torch.dtype, layout: Layout) -> Call:
+    """The facts of a call with input x (B, F, E) computed in `dtype`."""
+    # Inside torch.compile the transform stack is Dynamo's business, not visible state.
+    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return Call(x.device.type, dtype, x.shape[1], layout, transforms)
+
+
+def preference(call: Call) -> tuple[str, ...]:
+    """The engines by expected speed, fastest first; the reference is always the last resort."""
+    if call.device_type in ("cuda", "xpu"):
+        return ("triton", "torch")
+    if call.device_type == "meta":
+        return ()
+    return ("torch",)
+
+
+@functools.lru_cache(maxsize=256)
+def choose(backend: str, call: Call) -> str:
+    """The engine that runs `call`: a name of ENGINES, or "reference".
+
+    Raises ValueError with every reason where an explicitly named engine cannot run it.
+    """
+    if backend == "auto":
+        return next((name for name in preference(call) if not engine(name).unsupported(call)), "reference")
+    if backend == "reference":
+        return backend
+    reasons = engine(backend).unsupported(call)
+    if reasons:
+        raise ValueError(f"backend={backend!r} cannot run this call: " + "; ".join(reasons))
+    return backend
+
+
+class Why(NamedTuple):
+    """The answer of `why`: the engine chosen, and per engine the reasons against it (none: it could run)."""
+
+    choice: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"this call runs on: {self.choice}"]
+        lines += [f"  {name}: {'; '.join(why) if why else 'could run it'}" for name, why in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(backend: str, call: Call) -> Why:
+    """`choose`, with the reasons against every engine."""
+    reasons: dict[str, list[str]] = {name: engine(name).unsupported(call) for name in ENGINES}
+    reasons["reference"] = []
+    if backend in ENGINES and reasons[backend]:
+        return Why("nothing (it raises)", reasons)
+    return Why(choose(backend, call), reasons)

@@ -1,0 +1,136 @@
+"""The drop-in layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, op
+from .reference import (
+    InteractingParameters,
+    ReferenceInteractingLayer,
+    attention_probabilities,
+    interacting_reference,
+)
+from .validation import check_input, check_mask
+from .weights import FoldedWeights, Layout
+
+
+class InteractingLayer(ReferenceInteractingLayer):
+    """AutoInt's interacting layer, fused: same arguments, parameters, draws and state_dict as the reference.
+
+    Args:
+        n_head: number of heads H; each is as wide as the embedding.
+        emb_size: embedding size E.
+        dropout: accepted for the signature's sake and, as in the layer people have, never applied.
+        backend: "auto" takes the engine expected fastest of those that support a call and ends at the reference;
+            "triton", "torch" or "reference" is used, or the call raises ValueError with every reason why not.
+        device, dtype: of the parameters, as for `torch.nn.Linear`.
+
+    The weights are folded at every call (on a GPU: one small launch), so nothing can be stale; `freeze()` skips that.
+    Fused engines differentiate once; for second-order gradients use backend="reference".
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        n_head: int,
+        emb_size: int,
+        dropout: float = 0.1,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dispatch.check_backend(backend)
+        super().__init__(n_head, emb_size, dropout, device=device, dtype=dtype)
+        self.backend = backend
+        self._frozen: Tensor | None = None
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, F, E) -> (B, F, E); with `return_attention` also P (B, H, F, F), hidden rows zero.
+
+        x: fp32, bf16, fp16 or fp64 like the weights; under autocast the output has autocast's dtype.
+        mask: bool, True = hidden, 1 to 3 dimensions that broadcast to (B, F, F): (F, F) for all samples, (B, 1, F)
+            to hide fields of a sample. A row whose every key is hidden gets no attention: relu(bo + x Wr + br).
+        return_attention: P is then computed as the reference does, at the reference's cost.
+
+        Raises TypeError or ValueError naming the argument.
+        """
+        p = self.interacting_parameters()
+        dtype = check_input(x, self.emb_size, p.w_q)
+        mask = check_mask(mask, x)
+        layout = Layout(self.n_head, self.emb_size, self.emb_size)
+        backend = dispatch.choose(self.backend, dispatch.describe_call(x, dtype, layout))
+        if backend == "reference":
+            out, attention = interacting_reference(x, p, self.n_head, mask)
+        else:
+            out = op.interact(x.to(dtype), self._folded(p, backend), mask, backend)
+            attention = attention_probabilities(x, p, self.n_head, mask) if return_attention else None
+        return (out, attention.transpose(0, 1)) if return_attention else out
+
+    def _folded(self, p: InteractingParameters, backend: str) -> FoldedWeights:
+        if self._frozen is not None:
+            return FoldedWeights(self._frozen, op.layout_of(p, self.n_head), needs=0)
+        return op.fold(p, self.n_head, backend)
+
+    def freeze(self) -> InteractingLayer:
+        """Folds the weights once and for all until `unfreeze()`, `train(True)` or `load_state_dict`; gives self.
+
+        For serving: a call is then one launch on a GPU. While frozen the parameters are constants: they get no
+        gradients, and a change to them is not seen. `.to()` and its kin carry the frozen state along, folding anew
+        from the converted parameters. Raises ValueError in training mode.
+        """
+        if self.training:
+            raise ValueError("freeze: expected a layer in eval mode, got one in training mode; call eval() first")
+        # Inference tensors could not take part in a later gradient with respect to x.
+        with torch.inference_mode(False), torch.no_grad():
+            p = self.interacting_parameters()
+            layout = op.layout_of(p, self.n_head)
+            call = dispatch.Call(p.w_q.device.type, p.w_q.dtype, 1, layout, transforms=False)
+            backend = dispatch.explain("auto", call).choice
+            self._frozen = op.fold(p, self.n_head, backend if backend in dispatch.ENGINES else "torch").packed
+        return self
+
+    def unfreeze(self) -> InteractingLayer:
+        """Undoes `freeze()`; gives self."""
+        self._frozen = None
+        return self
+
+    def train(self, mode: bool = True) -> InteractingLayer:
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> InteractingLayer:
+        super()._apply(fn, recurse)
+        if self._frozen is not None:
+            self.freeze()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfreeze()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        frozen = ", frozen" if self._frozen is not None else ""
+        return f"{super().extra_repr()}, backend={self.backend!r}{frozen}"
+
+
+def why(layer: InteractingLayer, x: Tensor, mask: Tensor | None = None) -> dispatch.Why:
+    """Which engine `layer(x, mask)` takes, and per engine the reasons against it.
+
+    Gives a named tuple (choice, reasons) that prints as a small table. Raises what the call would raise for bad
+    arguments.
+    """
+    if not isinstance(layer, InteractingLayer):
+        raise TypeError(f"layer: expected an InteractingLayer, got {type(layer).__name__}")
+    dtype = check_input(x, layer.emb_size, layer.w_qs.weight)
+    check_mask(mask, x)
+    layout = Layout(layer.n_head, layer.emb_size, layer.emb_size)
+    return dispatch.explain(layer.backend, dispatch.describe_call(x, dtype, layout))

@@ -1,0 +1,309 @@
+"""The two ops, fold and interact: autograd around the engines, eager and compiled.
+
+Eager calls go through a `torch.autograd.Function`, which costs a few microseconds; torch.compile, torch.export and
+tensor subclasses see the same engines as operators of torch.library (`autoint_fast::fold`, `::interact` and their
+backwards), which cost tens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import engine
+from .reference import InteractingParameters
+from .weights import (
+    NEED_BIAS,
+    NEED_INPUT,
+    NEED_RESIDUAL,
+    NEED_SCORES,
+    NEED_VALUES,
+    NEED_WEIGHTS,
+    FoldedWeights,
+    Layout,
+    folded_dtype,
+)
+
+SECOND_ORDER = (
+    "autoint_fast: a fused engine has no second-order gradients; build the layer with backend=\"reference\" "
+    "to differentiate twice (gradient penalties, torch.autograd.functional.hessian)"
+)
+
+
+def layout_of(p: InteractingParameters, n_head: int) -> Layout:
+    return Layout(n_head, p.w_q.shape[1], p.w_o.shape[0])
+
+
+def _full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Keeps an ambient autocast away from the engines' own matmuls, in the forward and in the backward."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
+    with _full_precision(p.w_q.device.type):
+        return engine(backend).fold(p, layout)
+
+
+def _fold_backward(
+    grad: Tensor, p: InteractingParameters, layout: Layout, backend: str, wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    with _full_precision(grad.device.type):
+        return engine(backend).fold_backward(grad.contiguous(), p, layout, wanted)
+
+
+def _interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str) -> Tensor:
+    with _full_precision(x.device.type):
+        return engine(backend).interact(x, packed, mask, layout)
+
+
+def _interact_backward(
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    layout: Layout,
+    backend: str,
+    needs: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    with _full_precision(x.device.type):
+        return engine(backend).interact_backward(grad, x, packed, out, mask, layout, needs)
+
+
+# --- eager: autograd.Function -----------------------------------------------------------------------------------
+
+
+class _Once(torch.autograd.Function):
+    """A backward as a function of its own, so that under create_graph its result is tied to every input, and
+    differentiating it again raises. (`once_differentiable` lets a path by way of the saved tensors through.)"""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(SECOND_ORDER)
+
+
+class _FoldBackward(_Once):
+    @staticmethod
+    def forward(
+        ctx: Any, layout: Layout, backend: str, wanted: tuple[bool, ...], grad: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(_fold_backward(grad, InteractingParameters(*parameters), layout, backend, wanted))
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layout: Layout, backend: str, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        ctx.layout, ctx.backend = layout, backend
+        return _fold(InteractingParameters(*parameters), layout, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = tuple(ctx.needs_input_grad[2:])
+        run = _FoldBackward.apply if torch.is_grad_enabled() else partial(_FoldBackward.forward, None)
+        return (None, None, *run(ctx.layout, ctx.backend, wanted, grad, *ctx.saved_tensors))
+
+
+class _InteractBackward(_Once):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+        return _interact_backward(*arguments)
+
+
+class _Interact(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str, needs: int
+    ) -> Tensor:
+        out = _interact(x, packed, mask, layout, backend)
+        ctx.save_for_backward(x, packed, mask, out)
+        ctx.layout, ctx.backend, ctx.needs = layout, backend, needs
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, packed, mask, out = ctx.saved_tensors
+        run = _InteractBackward.apply if torch.is_grad_enabled() else _interact_backward
+        d_x, d_packed = run(grad, x, packed, out, mask, ctx.layout, ctx.backend, ctx.needs)
+        return d_x, d_packed, None, None, None, None
+
+
+# --- compiled: torch.library ------------------------------------------------------------------------------------
+# A custom op returns tensors, never None, so a gradient nobody needs is an empty tensor there.
+
+
+@torch.library.custom_op("autoint_fast::fold", mutates_args=())
+def _fold_op(parameters: list[Tensor], n_head: int, backend: str) -> Tensor:
+    p = InteractingParameters(*parameters)
+    return _fold(p, layout_of(p, n_head), backend)
+
+
+@_fold_op.register_fake
+def _(parameters: list[Tensor], n_head: int, backend: str) -> Tensor:
+    p = InteractingParameters(*parameters)
+    return p.w_q.new_empty(layout_of(p, n_head).numel, dtype=folded_dtype(p.w_q.dtype))
+
+
+@torch.library.custom_op("autoint_fast::fold_backward", mutates_args=())
+def _fold_backward_op(
+    grad: Tensor, parameters: list[Tensor], n_head: int, backend: str, wanted: list[bool]
+) -> list[Tensor]:
+    p = InteractingParameters(*parameters)
+    grads = _fold_backward(grad, p, layout_of(p, n_head), backend, tuple(wanted))
+    return [t.new_empty(0) if g is None else g for g, t in zip(grads, p, strict=True)]
+
+
+@_fold_backward_op.register_fake
+def _(grad: Tensor, parameters: list[Tensor], n_head: int, backend: str, wanted: list[bool]) -> list[Tensor]:
+    return [t.new_empty(t.shape if want else (0,)) for t, want in zip(parameters, wanted, strict=True)]
+
+
+def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    parameters, ctx.n_head, ctx.backend = inputs
+    ctx.wanted = [t.requires_grad for t in parameters]
+    ctx.save_for_backward(*parameters)
+
+
+def _fold_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.autoint_fast.fold_backward(
+        grad, list(ctx.saved_tensors), ctx.n_head, ctx.backend, ctx.wanted
+    )
+    return [g if want else None for g, want in zip(grads, ctx.wanted, strict=True)], None, None
+
+
+_fold_op.register_autograd(_fold_autograd, setup_context=_fold_setup)
+
+
+@torch.library.custom_op("autoint_fast::interact", mutates_args=())
+def _interact_op(
+    x: Tensor, packed: Tensor, mask: Tensor | None, n_head: int, out_size: int, backend: str, needs: int
+) -> Tensor:
+    return _interact(x, packed, mask, Layout(n_head, x.shape[2], out_size), backend)
+
+
+@_interact_op.register_fake
+def _(
+    x: Tensor, packed: Tensor, mask: Tensor | None, n_head: int, out_size: int, backend: str, needs: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], out_size)
+
+
+@torch.library.custom_op("autoint_fast::interact_backward", mutates_args=())
+def _interact_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    n_head: int,
+    backend: str,
+    needs: int,
+) -> tuple[Tensor, Tensor]:
+    layout = Layout(n_head, x.shape[2], out.shape[2])
+    d_x, d_packed = _interact_backward(grad, x, packed, out, mask, layout, backend, needs)
+    return x.new_empty(0) if d_x is None else d_x, packed.new_empty(0) if d_packed is None else d_packed
+
+
+@_interact_backward_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    n_head: int,
+    backend: str,
+    needs: int,
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needs & NEED_INPUT else (0,)),
+        packed.new_empty(packed.shape if needs & NEED_WEIGHTS else (0,)),
+    )
+
+
+def _interact_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, mask, ctx.n_head, _, ctx.backend, ctx.needs = inputs
+    ctx.save_for_backward(x, packed, mask, output)
+
+
+def _interact_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, packed, mask, out = ctx.saved_tensors
+    d_x, d_packed = torch.ops.autoint_fast.interact_backward(
+        grad, x, packed, out, mask, ctx.n_head, ctx.backend, ctx.needs
+    )
+    return (
+        d_x if ctx.needs & NEED_INPUT else None,
+        d_packed if ctx.needs & NEED_WEIGHTS else None,
+        *(None,) * 5,
+    )
+
+
+_interact_op.register_autograd(_interact_autograd, setup_context=_interact_setup)
+
+
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(SECOND_ORDER)
+
+
+_fold_backward_op.register_autograd(_refuse)
+_interact_backward_op.register_autograd(_refuse)
+
+
+# --- the entry points -------------------------------------------------------------------------------------------
+
+
+def _through_library(tensor: Tensor) -> bool:
+    """Whether a call must be visible as an operator: while compiling or exporting, and for tensor subclasses."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def _needs(p: InteractingParameters) -> int:
+    """The folded parts whose gradients the parameters ask for."""
+    needs = 0
+    if p.w_q.requires_grad or p.b_q.requires_grad or p.w_k.requires_grad:
+        needs |= NEED_SCORES
+    if p.w_v.requires_grad or p.w_o.requires_grad:
+        needs |= NEED_VALUES
+    if p.w_r.requires_grad:
+        needs |= NEED_RESIDUAL
+    # b_k has a gradient of zeros, which costs nothing but has to come from somewhere.
+    if any(t.requires_grad for t in (p.b_k, p.b_v, p.w_o, p.b_o, p.b_r)):
+        needs |= NEED_BIAS
+    return needs
+
+
+def fold(p: InteractingParameters, n_head: int, backend: str) -> FoldedWeights:
+    """The folded weights of a layer, differentiable with respect to its parameters.
+
+    Folded anew at every call: a few matmuls of E x E, and nothing can be stale.
+    """
+    layout = layout_of(p, n_head)
+    needs = _needs(p) if torch.is_grad_enabled() else 0
+    if _through_library(p.w_q):
+        packed = torch.ops.autoint_fast.fold(list(p), n_head, backend)
+    elif needs:
+        packed = _Fold.apply(layout, backend, *p)
+    else:
+        packed = _fold(p, layout, backend)
+    return FoldedWeights(packed, layout, needs)
+
+
+def interact(x: Tensor, weights: FoldedWeights, mask: Tensor | None, backend: str) -> Tensor:
+    """The interacting layer over folded weights, on the engine named `backend`.
+
+    x (B, F, E) fp32, bf16, fp16 or fp64; mask None or bool (1 or B, 1 or F, 1 or F), True = hidden. Gives (B, F, O)
+    in x's dtype; differentiable once with respect to x and the weights. RuntimeError when differentiated twice.
+    """
+    packed, layout, needs = weights
+    needs = needs | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0
+    if _through_library(x):
+        return torch.ops.autoint_fast.interact(x, packed, mask, layout.n_head, layout.out_size, backend, needs)
+    if needs:
+        return _Interact.apply(x, packed, mask, layout, backend, needs)
+    return _interact(x, packed, mask, layout, backend)

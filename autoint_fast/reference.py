@@ -1,0 +1,142 @@
+"""The interacting layer as its definition: einops and einsum, any device, dtype and order of derivative.
+
+Everything else in this package is judged by what stands here; it is never the fast path.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from einops import rearrange
+from torch import Tensor, nn
+
+from .validation import check_dropout, check_input, check_mask, check_size
+
+
+class InteractingParameters(NamedTuple):
+    """The tensors of one layer, each in `torch.nn.Linear` layout; E = embedding size, H = heads."""
+
+    w_q: Tensor  # [H*E, E]
+    b_q: Tensor  # [H*E]
+    w_k: Tensor  # [H*E, E]
+    b_k: Tensor  # [H*E]
+    w_v: Tensor  # [H*E, E]
+    b_v: Tensor  # [H*E]
+    w_o: Tensor  # [E, H*E]
+    b_o: Tensor  # [E]
+    w_r: Tensor  # [E, E]
+    b_r: Tensor  # [E]
+
+
+def attention_probabilities(x: Tensor, p: InteractingParameters, n_head: int, mask: Tensor | None) -> Tensor:
+    """P_h = softmax(Q_h K_h^T / sqrt(E)) over the fields that are not hidden.
+
+    x (B, F, E); mask None or bool, True = hidden, broadcasting to (B, F, F). Gives (H, B, F, F). A row whose
+    every key is hidden is zero, as in `scaled_dot_product_attention`.
+    """
+    q = rearrange(nnf.linear(x, p.w_q, p.b_q), "b f (h d) -> h b f d", h=n_head)
+    k = rearrange(nnf.linear(x, p.w_k, p.b_k), "b f (h d) -> h b f d", h=n_head)
+    logits = torch.einsum("hbqd,hbkd->hbqk", q, k) / math.sqrt(q.shape[-1])
+    if mask is None:
+        return torch.softmax(logits, dim=-1)
+    # An all-hidden row keeps finite logits until after the softmax: -inf throughout would make its gradient NaN.
+    empty = mask.all(dim=-1, keepdim=True)
+    logits = logits.masked_fill(mask & ~empty, -math.inf)
+    return torch.softmax(logits, dim=-1).masked_fill(empty, 0.0)
+
+
+def interacting_reference(
+    x: Tensor, p: InteractingParameters, n_head: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """relu( concat_h(P_h V_h) Wo + bo + x Wr + br ), and P (H, B, F, F).
+
+    AutoInt (Song et al., CIKM 2019), equations 5 to 8, with biases and an output projection.
+    x (B, F, E) -> (B, F, E), any floating dtype.
+    """
+    attention = attention_probabilities(x, p, n_head, mask)
+    v = rearrange(nnf.linear(x, p.w_v, p.b_v), "b f (h d) -> h b f d", h=n_head)
+    heads = torch.einsum("hbqk,hbkd->hbqd", attention.to(v.dtype), v)
+    concatenated = rearrange(heads, "h b f d -> b f (h d)")
+    out = torch.relu(nnf.linear(concatenated, p.w_o, p.b_o) + nnf.linear(x, p.w_r, p.b_r))
+    return out, attention
+
+
+class ReferenceInteractingLayer(nn.Module):
+    """AutoInt's interacting layer in plain PyTorch: the definition, and the last resort.
+
+    Args:
+        n_head: number of heads H; each is as wide as the embedding.
+        emb_size: embedding size E.
+        dropout: accepted for the signature's sake and, as in the layer people have, never applied.
+        device, dtype: of the parameters, as for `torch.nn.Linear`.
+
+    Parameters: `w_qs`, `w_ks`, `w_vs`: Linear(E, H*E); `fc_attn`: Linear(H*E, E); `fc_res`: Linear(E, E).
+    `fc_res` is often declared Linear(H*E, E), which runs for H=1 only; at H=1 the two are the same.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        n_head: int,
+        emb_size: int,
+        dropout: float = 0.1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("n_head", n_head)
+        check_size("emb_size", emb_size)
+        check_dropout(dropout)
+        self.n_head = n_head
+        self.emb_size = emb_size
+        self.dropout = dropout
+        width = n_head * emb_size
+        # The order of the random draws is part of the contract: a seed gives the weights it always gave.
+        self.w_qs = nn.Linear(emb_size, width, device=device, dtype=dtype)
+        self.w_ks = nn.Linear(emb_size, width, device=device, dtype=dtype)
+        self.w_vs = nn.Linear(emb_size, width, device=device, dtype=dtype)
+        for projection in (self.w_qs, self.w_ks, self.w_vs):
+            nn.init.normal_(projection.weight, mean=0.0, std=math.sqrt(2.0 / (emb_size + emb_size)))
+        self.fc_attn = nn.Linear(width, emb_size, device=device, dtype=dtype)
+        nn.init.xavier_normal_(self.fc_attn.weight)
+        self.fc_res = nn.Linear(emb_size, emb_size, device=device, dtype=dtype)
+        nn.init.xavier_normal_(self.fc_res.weight)
+
+    def interacting_parameters(self) -> InteractingParameters:
+        """The layer's tensors, read now, so that parametrisations and swapped parameters count."""
+        q, k, v, o, r = self.w_qs, self.w_ks, self.w_vs, self.fc_attn, self.fc_res
+        return InteractingParameters(
+            q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, o.weight, o.bias, r.weight, r.bias
+        )
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, F, E) -> (B, F, E); with `return_attention` also P (B, H, F, F).
+
+        `mask`: bool, True = hidden, 1 to 3 dimensions broadcasting to (B, F, F). A row whose every key is hidden
+        gets no attention: relu(bo + x Wr + br). Raises TypeError or ValueError naming the argument.
+        """
+        p = self.interacting_parameters()
+        check_input(x, self.emb_size, p.w_q)
+        out, attention = interacting_reference(x, p, self.n_head, check_mask(mask, x))
+        return (out, attention.transpose(0, 1)) if return_attention else out
+
+    def extra_repr(self) -> str:
+        return f"n_head={self.n_head}, emb_size={self.emb_size}, dropout={self.dropout} (never applied)"
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        weight = state_dict.get(prefix + "fc_res.weight")
+        impossible = (self.emb_size, self.n_head * self.emb_size)
+        if self.n_head > 1 and isinstance(weight, Tensor) and tuple(weight.shape) == impossible:
+            errors.append(
+                f"{prefix}fc_res.weight has the shape {impossible} of a Linear(n_head*emb_size, emb_size). Applied to "
+                f"x of width {self.emb_size}, as the layer is defined, such a layer never ran with n_head > 1, so "
+                f"this checkpoint holds no trained residual; this layer's fc_res is Linear(emb_size, emb_size)."
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

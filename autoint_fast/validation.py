@@ -1,0 +1,94 @@
+"""Checks of user input: one error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """What came, in words, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_size(name: str, value: int) -> None:
+    """`value` is an int of at least 1.
+
+    Raises TypeError for another type (bool included), ValueError below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int of at least 1, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value}")
+
+
+def check_dropout(value: float) -> None:
+    """`value` is a number in [0, 1). Raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"dropout: expected a number in [0, 1), got {describe(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout: expected a number in [0, 1), got {value}")
+
+
+def compute_dtype(x: Tensor, weights_dtype: torch.dtype) -> torch.dtype:
+    """The dtype the layer computes and answers in: autocast's where it applies, else x's.
+
+    Raises TypeError where x and the weights differ and autocast does not bring them together.
+    """
+    device_type = x.device.type
+    double = x.dtype == torch.float64 or weights_dtype == torch.float64
+    if device_type != "meta" and not double and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    if x.dtype != weights_dtype:
+        raise TypeError(
+            f"x: expected the dtype of the layer's weights, {weights_dtype}, got {x.dtype}; "
+            "convert x or the layer, or use torch.autocast"
+        )
+    return x.dtype
+
+
+def check_input(x: Tensor, emb_size: int, weights: Tensor) -> torch.dtype:
+    """`x` is a floating (B, F, E) tensor beside its weights; gives the dtype to compute in.
+
+    Raises TypeError for what is no tensor or has the wrong dtype, ValueError for the wrong rank, width or
+    device.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a (B, F, {emb_size}) tensor, got {describe(x)}")
+    if x.ndim != 3 or x.shape[2] != emb_size:
+        raise ValueError(f"x: expected the shape (B, F, {emb_size}), got {describe(x)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point dtype, got {describe(x)}")
+    if x.device != weights.device:
+        raise ValueError(f"x: expected the device of the layer's weights, {weights.device}, got {describe(x)}")
+    return compute_dtype(x, weights.dtype)
+
+
+def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """`mask`, True = hidden, as a view of three dimensions, each 1 or that of (B, F, F); never expanded.
+
+    Raises TypeError for what is no bool tensor, ValueError for another shape or device.
+    """
+    if mask is None:
+        return None
+    batch, fields = x.shape[0], x.shape[1]
+    expected = "a bool tensor (True = hidden) of 1 to 3 dimensions that broadcasts to (B, F, F)"
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected {expected}, got {describe(mask)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected {expected}, got {describe(mask)}")
+    if mask.device != x.device:
+        raise ValueError(f"mask: expected the device of x, {x.device}, got {describe(mask)}")
+    if 1 <= mask.ndim <= 3:
+        full = mask.reshape((1,) * (3 - mask.ndim) + tuple(mask.shape))
+        rows, queries, keys = full.shape
+        if (rows == 1 or rows == batch) and (queries == 1 or queries == fields) and (keys == 1 or keys == fields):
+            return full
+    hint = ""
+    if mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] == fields:
+        hint = "; two dimensions mean (F, F): a (B, F) mask of hidden fields is `mask[:, None]`"
+    raise ValueError(
+        f"mask: expected {expected}, here ({batch}, {fields}, {fields}), got {describe(mask)}{hint}"
+    )
