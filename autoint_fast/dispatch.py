@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from .kernels import torch_engine, triton_engine
 from .reference import InteractingParameters
 from .weights import Layout
 
@@ -52,14 +52,8 @@ class Engine(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
-ENGINES = ("triton", "torch")
+ENGINES = MappingProxyType({"triton": cast(Engine, triton_engine), "torch": cast(Engine, torch_engine)})
 BACKENDS = ("auto", *ENGINES, "reference")
-
-
-@functools.cache
-def engine(name: str) -> Engine:
-    """The engine module of that name, imported on first use."""
-    return cast(Engine, importlib.import_module(f"autoint_fast.kernels.{name}_engine"))
 
 
 def check_backend(backend: str) -> None:
@@ -86,17 +80,16 @@ def preference(call: Call) -> tuple[str, ...]:
     return ("torch",)
 
 
-@functools.lru_cache(maxsize=256)
 def choose(backend: str, call: Call) -> str:
     """The engine that runs `call`: a name of ENGINES, or "reference".
 
     Raises ValueError with every reason where an explicitly named engine cannot run it.
     """
     if backend == "auto":
-        return next((name for name in preference(call) if not engine(name).unsupported(call)), "reference")
+        return next((name for name in preference(call) if not ENGINES[name].unsupported(call)), "reference")
     if backend == "reference":
         return backend
-    reasons = engine(backend).unsupported(call)
+    reasons = ENGINES[backend].unsupported(call)
     if reasons:
         raise ValueError(f"backend={backend!r} cannot run this call: " + "; ".join(reasons))
     return backend
@@ -116,7 +109,7 @@ class Why(NamedTuple):
 
 def explain(backend: str, call: Call) -> Why:
     """`choose`, with the reasons against every engine."""
-    reasons: dict[str, list[str]] = {name: engine(name).unsupported(call) for name in ENGINES}
+    reasons: dict[str, list[str]] = {name: ENGINES[name].unsupported(call) for name in ENGINES}
     reasons["reference"] = []
     if backend in ENGINES and reasons[backend]:
         return Why("nothing (it raises)", reasons)

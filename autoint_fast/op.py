@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import engine
+from .dispatch import ENGINES
 from .reference import InteractingParameters
 from .weights import (
     NEED_BIAS,
@@ -47,19 +47,19 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
 
 def _fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
     with _full_precision(p.w_q.device.type):
-        return engine(backend).fold(p, layout)
+        return ENGINES[backend].fold(p, layout)
 
 
 def _fold_backward(
     grad: Tensor, p: InteractingParameters, layout: Layout, backend: str, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
     with _full_precision(grad.device.type):
-        return engine(backend).fold_backward(grad.contiguous(), p, layout, wanted)
+        return ENGINES[backend].fold_backward(grad.contiguous(), p, layout, wanted)
 
 
 def _interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str) -> Tensor:
     with _full_precision(x.device.type):
-        return engine(backend).interact(x, packed, mask, layout)
+        return ENGINES[backend].interact(x, packed, mask, layout)
 
 
 def _interact_backward(
@@ -73,7 +73,7 @@ def _interact_backward(
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     with _full_precision(x.device.type):
-        return engine(backend).interact_backward(grad, x, packed, out, mask, layout, needs)
+        return ENGINES[backend].interact_backward(grad, x, packed, out, mask, layout, needs)
 
 
 # --- eager: autograd.Function -----------------------------------------------------------------------------------
