@@ -1,0 +1,1 @@
+"""How fast the interacting layer is here: `python -m benchmarks`, from the repository's root."""

@@ -1,0 +1,120 @@
+"""Interleaved rounds: every contestant once a round, so that what disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], object]
+# Seconds of one call, from running the step so many times.
+Clock = Callable[[Step, int], float]
+
+# A turn lasts at least this long, so that the timer's own cost and the neighbours' cache lines hardly count.
+TURN_SECONDS = 0.002
+MOST_CALLS = 1000
+WARM_UP_CALLS = 3
+LEAST_ROUNDS = 7
+MOST_ROUNDS = 200
+
+
+class Quantiles(NamedTuple):
+    """Of the seconds one call took."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @property
+    def spread(self) -> float:
+        """How far the rounds lie apart, as a share of the median."""
+        return (self.p80 - self.p20) / self.p50 if self.p50 else 0.0
+
+
+def quantiles(seconds: Sequence[float]) -> Quantiles:
+    """p20, p50 and p80, interpolated between rounds. Raises ValueError for no rounds at all."""
+    if not seconds:
+        raise ValueError("seconds: expected at least one round, got none")
+    deciles = statistics.quantiles([*seconds] * (2 if len(seconds) == 1 else 1), n=10, method="inclusive")
+    return Quantiles(deciles[1], deciles[4], deciles[7])
+
+
+def cpu_clock(step: Step, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+class CudaClock:
+    """Times by CUDA events, each call from a second-level cache without its input.
+
+    flush: a buffer larger than that cache. cuda: `torch.cuda`, or a stand-in.
+    """
+
+    def __init__(self, flush: Tensor, cuda: Any = torch.cuda) -> None:
+        self.flush, self.cuda = flush, cuda
+
+    def __call__(self, step: Step, calls: int) -> float:
+        events = []
+        for _ in range(calls):
+            # Flushing also keeps the device busy while the host prepares the launches that are timed.
+            self.flush.zero_()
+            start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            events.append((start, end))
+        self.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls
+
+
+def clock_for(device: str) -> Clock:
+    """The clock for steps on `device`."""
+    if torch.device(device).type == "cpu":
+        return cpu_clock
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+    return CudaClock(torch.empty(4 * cache, dtype=torch.int8, device=device))
+
+
+def race(
+    steps: Mapping[str, Step],
+    clock: Clock,
+    *,
+    rounds: int | None = None,
+    seconds: float = 2.0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, list[float]]:
+    """Per name, the seconds of one call in each round, after a warm-up.
+
+    Every step gets one turn a round, and the next round starts one step later. It ends after `rounds`, or, if that is
+    None, after `seconds`, though not before `LEAST_ROUNDS`. `progress` is told the share that is done.
+    """
+    calls = {}
+    for name, step in steps.items():
+        fastest = min(clock(step, 1) for _ in range(WARM_UP_CALLS))
+        calls[name] = max(1, min(MOST_CALLS, round(TURN_SECONDS / max(fastest, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for turn in range(rounds or MOST_ROUNDS):
+            first = turn % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                samples[name].append(clock(steps[name], calls[name]))
+            elapsed = time.perf_counter() - start
+            progress((turn + 1) / rounds if rounds else min(1.0, elapsed / seconds))
+            if not rounds and elapsed >= seconds and turn + 1 >= LEAST_ROUNDS:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return samples

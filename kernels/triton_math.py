@@ -1,0 +1,243 @@
+"""What the Triton kernels share: dots in the intended precision, orders of keys, addresses of tiles.
+
+A tile is what a program works on at a time: one sample, or PACK samples whose fields share the 16 rows of one block.
+Embedding and output widths are cut into chunks of 16 columns, so E = 40 is three chunks, not a tile of 64, and a
+weight is read as blocks of (16, 16). Shapes stand in brackets; R = rows (queries), K = keys.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(16)  # the side of the smallest tensor-core tile
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+
+# Masks: no mask; a mask of keys, the same for every query; a mask of (query, key) pairs.
+MASK_NONE = tl.constexpr(0)
+MASK_KEYS = tl.constexpr(1)
+MASK_PAIRS = tl.constexpr(2)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. PRECISION: "ieee" (16-bit operands too), "tf32", or "tf32x3" for fp32's accuracy.
+
+    "tf32x3" cuts each operand into its leading 19 bits and the exact rest and sums three TF32 products. Triton's own
+    spelling also tests for infinities, which the layer does not need: they spread as NaN either way.
+    """
+    if PRECISION == "tf32x3":
+        a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
+        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
+        return tl.dot(a_high, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+# An fp32 accumulator holds columns (2t, 2t+1) of every 8 in thread t, while the left operand of the next TF32 dot
+# wants (t, t+4): a shuffle per element. A sum over keys does not care about their order, so `as_operand` renames
+# the columns instead, and the other operand's rows are loaded in the order `reordered`; where it is the columns of
+# a weight that can be chosen, loading them by `restoring` gives back the natural order after `as_operand`.
+
+
+@triton.jit
+def as_operand(t, REORDER: tl.constexpr):
+    """t [R, C] in the order of columns in which an accumulator can be the left operand of a dot for free."""
+    if REORDER:
+        r: tl.constexpr = t.shape[0]
+        c: tl.constexpr = t.shape[1]
+        t = tl.reshape(tl.permute(tl.reshape(t, (r, c // 8, 4, 2)), (0, 1, 3, 2)), (r, c))
+    return t
+
+
+@triton.jit
+def reordered(i, REORDER: tl.constexpr):
+    """The column of the accumulator that `as_operand` brings to position i."""
+    if REORDER:
+        i = (i // 8) * 8 + (i % 4) * 2 + (i % 8) // 4
+    return i
+
+
+@triton.jit
+def restoring(i, REORDER: tl.constexpr):
+    """What column i of an accumulator must hold so that `as_operand` leaves the natural order."""
+    if REORDER:
+        i = (i // 8) * 8 + (i % 2) * 4 + (i % 8) // 2
+    return i
+
+
+@triton.jit
+def reciprocal(t, EXACT: tl.constexpr):
+    """1 / t for sums of exponentials (normal numbers, or NaN). Not EXACT: within 2^-21, a fifth of the work."""
+    if EXACT:
+        return 1.0 / t
+    r = tl.rsqrt(t)
+    return r * r
+
+
+@triton.jit
+def row_offsets(i, tile, batch, stride_b, stride_f, F: tl.constexpr, PACK: tl.constexpr):
+    """Offsets of rows i of a tile in a (B, F, ...) tensor, and which of them exist."""
+    if PACK == 1:
+        return tile * stride_b + i.to(tl.int64) * stride_f, i < F
+    else:
+        slot: tl.constexpr = BLOCK // PACK
+        sample = tile * PACK + i // slot
+        field = i % slot
+        return sample * stride_b + field.to(tl.int64) * stride_f, (field < F) & (sample < batch)
+
+
+@triton.jit
+def load_rows(
+    pointer,
+    i,
+    first,
+    tile,
+    batch,
+    stride_b,
+    stride_f,
+    stride_e,
+    F: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PACK: tl.constexpr,
+):
+    """Rows i and 16 columns from `first` on of a tile of a (B, F, WIDTH) tensor, zero where there is none. [R, 16]"""
+    e = first + tl.arange(0, BLOCK)
+    offsets, exists = row_offsets(i, tile, batch, stride_b, stride_f, F, PACK)
+    inside = exists[:, None]
+    if WIDTH % BLOCK != 0:
+        inside = inside & (e[None, :] < WIDTH)
+    return tl.load(pointer + offsets[:, None] + e[None, :].to(tl.int64) * stride_e, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_block(pointer, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """pointer[rows, columns] of a matrix (ROWS, COLUMNS), zero outside of it. [16, 16]"""
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(rows[:, None] < ROWS) & (columns[None, :] < COLUMNS), other=0.0)
+
+
+@triton.jit
+def load_transposed(pointer, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transpose of pointer[rows, columns]. [16, 16]"""
+    pointers = pointer + rows[None, :] * stride + columns[:, None]
+    if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(rows[None, :] < ROWS) & (columns[:, None] < COLUMNS), other=0.0)
+
+
+@triton.jit
+def load_vector(pointer, i, SIZE: tl.constexpr):
+    """pointer[i], zero outside of SIZE. [16]"""
+    if SIZE % BLOCK == 0:
+        return tl.load(pointer + i)
+    else:
+        return tl.load(pointer + i, mask=i < SIZE, other=0.0)
+
+
+@triton.jit
+def own_keys(rows, keys, F: tl.constexpr, PACK: tl.constexpr):
+    """Which keys of a packed tile exist and belong to the row's sample. [R, K]"""
+    slot: tl.constexpr = BLOCK // PACK
+    return (rows[:, None] // slot == keys[None, :] // slot) & (keys[None, :] % slot < F)
+
+
+@triton.jit
+def score_start(rows, keys, F: tl.constexpr, PACK: tl.constexpr, FULL: tl.constexpr, ACC: tl.constexpr):
+    """What a dot of scores starts from: 0, or -inf for keys that do not exist. [R, K]. FULL: all are known to exist."""
+    if PACK > 1 or FULL:
+        return tl.zeros((rows.shape[0], keys.shape[0]), ACC)
+    else:
+        row = tl.where(keys < F, 0.0, NEG_INF).to(ACC)
+        return tl.broadcast_to(row[None, :], (rows.shape[0], keys.shape[0]))
+
+
+@triton.jit
+def hide(scores, ceiling, rows, keys, F: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr):
+    """Scores [R, K] with -inf for other samples' keys and where `load_ceiling` says so, whatever stood there.
+
+    A NaN that is not hidden still ends as NaN: it becomes inf here, and inf - inf in the softmax.
+    """
+    if PACK > 1:
+        scores = tl.where(own_keys(rows, keys, F, PACK), scores, NEG_INF)
+    if MASK != MASK_NONE:
+        scores = tl.minimum(scores, ceiling)
+    return scores
+
+
+@triton.jit
+def load_ceiling(
+    mask,
+    rows,
+    keys,
+    tile,
+    batch,
+    stride_b,
+    stride_q,
+    stride_k,
+    F: tl.constexpr,
+    PACK: tl.constexpr,
+    MASK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The user's mask as the most a score may be, -inf where the key is hidden, else inf: [1, K] for MASK_KEYS,
+    [R, K] for MASK_PAIRS; for MASK_NONE nothing of use."""
+    if MASK == MASK_NONE:
+        hidden = tl.zeros((1, 1), tl.int1)
+    elif MASK == MASK_KEYS:
+        offsets, exists = row_offsets(keys, tile, batch, stride_b, stride_k, F, PACK)
+        hidden = tl.load(mask + offsets, mask=exists, other=0)[None, :]
+    else:
+        offsets, exists = row_offsets(rows, tile, batch, stride_b, stride_q, F, PACK)
+        if PACK == 1:
+            field = keys
+        else:
+            field = keys % (BLOCK // PACK)
+        offsets = offsets[:, None] + field[None, :].to(tl.int64) * stride_k
+        hidden = tl.load(mask + offsets, mask=exists[:, None] & (field[None, :] < F), other=0)
+    return tl.where(hidden != 0, NEG_INF, -NEG_INF).to(ACC)
+
+
+@triton.jit
+def row_reference(row_max, MASK: tl.constexpr):
+    """What to subtract from a row of scores: its maximum, or 0 where every key is hidden. [R]"""
+    if MASK != MASK_NONE:
+        row_max = tl.where(row_max == NEG_INF, 0.0, row_max)
+    return row_max
+
+
+@triton.jit
+def row_scale(row_sum, MASK: tl.constexpr, EXACT: tl.constexpr):
+    """1 / row_sum, and 0 where every key is hidden. [R]"""
+    if MASK != MASK_NONE:
+        empty = row_sum == 0.0
+        return tl.where(empty, 0.0, reciprocal(tl.where(empty, 1.0, row_sum), EXACT))
+    return reciprocal(row_sum, EXACT)
+
+
+# Packed samples share dots, in which 0 * NaN would cross from one sample to the next. So where a dot sums over rows
+# or keys of all of them, its right operand is made finite.
+
+
+@triton.jit
+def finite(t, PACK: tl.constexpr, ACC: tl.constexpr):
+    """t with zeros for what is not finite, where samples are packed."""
+    if PACK > 1:
+        t = tl.where(t.to(ACC) * 0.0 == 0.0, t, 0.0)
+    return t
+
+
+@triton.jit
+def poison(t, PACK: tl.constexpr, ACC: tl.constexpr):
+    """NaN for the rows of every sample that has something in t [16, C] that is not finite, else 0. [16]"""
+    if PACK > 1:
+        rows = tl.sum(t.to(ACC) * 0.0, 1)
+        samples = tl.sum(tl.reshape(rows, (PACK, BLOCK // PACK)), 1)
+        return tl.reshape(tl.broadcast_to(samples[:, None], (PACK, BLOCK // PACK)), (BLOCK,))
+    else:
+        return tl.zeros((BLOCK,), ACC)

@@ -1,0 +1,40 @@
+"""What all tests share: which folders need a process of their own, memory that shows what was never written, seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tests.numerics", "tests.suite")
+
+# The interpreter is switched on before the first kernel is decorated, and a process that interprets cannot compile.
+# test_processes.py runs these folders; naming one on the command line runs it too.
+collect_ignore = ["interpreted", "compiled"]
+
+# Tests are small: beside another process on the same cores, OpenMP threads would mostly spin for one another.
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("local", deadline=None, max_examples=40)
+# A red build must mean the commit, not the draw.
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialised tensor is NaN, so that an element nobody writes cannot pass for a right one."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan() and torch.ones(1).new_empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
