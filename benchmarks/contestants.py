@@ -336,7 +336,9 @@ def _fused(case: Case) -> int:
     return b * f * e * (4 if case.training else 2)
 
 
-def _ours(name: str, about: str, build: Callable[..., nn.Module], modes: tuple[str, ...] = MODES) -> Contestant:
+def _ours(
+    name: str, about: str, build: Callable[..., nn.Module], modes: tuple[str, ...] = MODES
+) -> Contestant:
     return Contestant(f"ours-{name}", about, build, the_layer, _fused, modes=modes, ours=True)
 
 
@@ -385,7 +387,9 @@ CONTESTANTS = MappingProxyType(
                 _whole,
                 splits=True,
             ),
-            Contestant("deepctr", "DeepCTR-Torch's InteractingLayer: another formula", _deepctr, deepctr, _whole),
+            Contestant(
+                "deepctr", "DeepCTR-Torch's InteractingLayer: another formula", _deepctr, deepctr, _whole
+            ),
             Contestant("rechub", "torch-rechub's InteractingLayer: another formula", _rechub, rechub, _whole),
             _ours("torch", "autoint_fast's PyTorch engine", functools.partial(_engine, backend="torch")),
             _ours("triton", "autoint_fast's Triton engine", functools.partial(_engine, backend="triton")),

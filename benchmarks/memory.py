@@ -1,8 +1,9 @@
 """Peak extra memory of one call: what it needs beside its inputs, the weights and the libraries.
 
-On a CPU a fresh child process makes the call, and the growth of its high-water mark is read. It asks glibc for a
-mapping of its own for every block of 64 KiB or more and gives free memory back first (`mallopt`, `malloc_trim`):
-with the allocator's usual thresholds, memory freed by an earlier call would be reused and not seen.
+On a CPU a fresh child process makes the call, and the growth of its high-water mark is read. There, glibc maps every
+block of 1 MiB or more on its own and gives it back at once, instead of by thresholds that move with what was freed;
+what a warm-up left behind is given back before (`mallopt`, `malloc_trim`). So memory kept for reuse is neither
+counted nor mistaken for none.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 
 MIB = 1 << 20
-M_MMAP_THRESHOLD = -3
-OWN_MAPPING_FROM = 64 << 10
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 STATUS = Path("/proc/self/status")
 TIMEOUT_SECONDS = 300
+# Imported once, by the process that the children are forked from; what is missing is passed over.
+PRELOAD = ["torch", "torch_rechub.basic.layers", "benchmarks.contestants"]
 
 
 class NotMeasured(Exception):
@@ -38,7 +40,7 @@ def peak_extra_cpu(prepare: Callable[..., Callable[[], object]], *args: Any, thr
         raise NotMeasured("no /proc to read the high-water mark from")
     # The fork server has imported torch already and started no threads, so that a child costs milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "benchmarks.contestants"])
+    context.set_forkserver_preload(PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(sender, threads, prepare, args), daemon=False)
     child.start()
@@ -67,11 +69,12 @@ def _child(sender: Connection, threads: int, prepare: Callable[..., Callable[[],
         libc = ctypes.CDLL(None)
         # Other C libraries have neither call; their figure is an upper bound.
         with contextlib.suppress(AttributeError):
-            libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_FROM)
+            libc.mallopt(M_MMAP_THRESHOLD, MIB)
+            # Or each small block freed at the heap's end would be faulted in again.
+            libc.mallopt(M_TRIM_THRESHOLD, 64 * MIB)
         step = prepare(*args)
         # What a library sets up at its first call is not a call's memory.
-        for _ in range(2):
-            step()
+        step()
         gc.collect()
         with contextlib.suppress(AttributeError):
             libc.malloc_trim(0)
@@ -114,4 +117,6 @@ def available(device: str) -> int | None:
         text = Path("/proc/meminfo").read_text()
     except OSError:
         return None
-    return next((int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("MemAvailable:")), None)
+    return next(
+        (int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("MemAvailable:")), None
+    )

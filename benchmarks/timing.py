@@ -19,7 +19,7 @@ Clock = Callable[[Step, int], float]
 TURN_SECONDS = 0.002
 MOST_CALLS = 1000
 WARM_UP_CALLS = 3
-LEAST_ROUNDS = 7
+LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
 
 

@@ -1,12 +1,174 @@
-"""The fused Triton kernels as an engine."""
+"""The fused Triton kernels as an engine: CUDA, ROCm and XPU devices, and CPU tensors under Triton's interpreter.
+
+Triton is imported on first use, with the launches.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..reference import InteractingParameters
+from ..weights import NEED_INPUT, NEED_WEIGHTS, Layout, folded_dtype
 
 if TYPE_CHECKING:
     from ..dispatch import Call
+    from .triton_launch import Config, Target
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton decides when a kernel is first decorated, so this is not to be asked again later.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_FIELDS, MAX_WIDTH, MAX_HEADS = 512, 64, 16
 
 
 def unsupported(call: Call) -> list[str]:
-    return ["not built yet"]
+    """Every reason why this engine cannot run `call`."""
+    reasons = []
+    if not INSTALLED:
+        reasons.append("triton is not installed")
+    if call.device_type == "cpu":
+        if not INTERPRETED:
+            reasons.append("x is on the CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1, slow)")
+    elif call.device_type not in ("cuda", "xpu"):
+        reasons.append(f"x is on {call.device_type}, which is no device of Triton's")
+    elif call.device_type == "cuda" and torch.version.hip is None and _capability() < (8, 0):
+        reasons.append("the GPU's compute capability is below 8.0")
+    if call.dtype == torch.float64 and not INTERPRETED:
+        reasons.append("fp64 runs only in Triton's interpreter")
+    elif call.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        reasons.append(f"x is {call.dtype}, not fp32, bf16 or fp16")
+    h, e, o = call.layout
+    if call.n_fields > MAX_FIELDS:
+        reasons.append(f"{call.n_fields} fields, more than {MAX_FIELDS}")
+    if call.n_fields < 1:
+        reasons.append("there are no fields")
+    if max(e, o) > MAX_WIDTH:
+        reasons.append(f"an embedding or output width of {max(e, o)}, more than {MAX_WIDTH}")
+    if h > MAX_HEADS:
+        reasons.append(f"{h} heads, more than {MAX_HEADS}")
+    if call.transforms:
+        reasons.append("it cannot run inside a torch.func transform (grad, vmap, jvp)")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+@functools.cache
+def _target(device: torch.device) -> Target:
+    from .triton_launch import Target
+
+    if device.type == "cpu":
+        return Target("cuda", 1)
+    if device.type == "xpu":
+        return Target("xpu", torch.xpu.get_device_properties(device).max_compute_units)
+    backend = "cuda" if torch.version.hip is None else "hip"
+    return Target(backend, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the tensor's device, whatever the current one is."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device_of(tensor)
+    if tensor.device.type == "xpu":
+        return torch.xpu.device_of(tensor)
+    return contextlib.nullcontext()
+
+
+def allow_tf32() -> bool:
+    """Whether torch's own switches let fp32 matmuls use TF32."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+def _contiguous(p: InteractingParameters) -> InteractingParameters:
+    return InteractingParameters(*(t.contiguous() for t in p))
+
+
+def fold(p: InteractingParameters, layout: Layout) -> Tensor:
+    """As `torch_engine.fold`, in one launch."""
+    from .triton_launch import fold_launch
+
+    packed = torch.empty(layout.numel, dtype=folded_dtype(p.w_q.dtype), device=p.w_q.device)
+    with _device(packed):
+        fold_launch(_contiguous(p), packed, layout)()
+    return packed
+
+
+def fold_backward(grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """As `torch_engine.fold_backward`, in one launch."""
+    from .triton_launch import unfold_launch
+
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want else None
+        for t, want in zip(p, wanted, strict=True)
+    ]
+    if any(wanted):
+        with _device(grad):
+            unfold_launch(grad, _contiguous(p), grads, layout)()
+    return grads
+
+
+def interact(
+    x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, config: Config | None = None
+) -> Tensor:
+    """As `torch_engine.interact`, in one launch. `config` forces a cut other than the shape's own."""
+    from .triton_launch import dot_precision, forward_config, forward_launch, mask_arguments
+
+    batch, fields, _ = x.shape
+    out = torch.empty(batch, fields, layout.out_size, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    target = _target(x.device)
+    if config is None:
+        precision = dot_precision(x.dtype, target, allow_tf32())
+        config = forward_config(fields, layout, precision, mask_arguments(mask, x)[0])
+    with _device(x):
+        forward_launch(x, packed, mask, out, layout, config, target)()
+    return out
+
+
+def interact_backward(
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    mask: Tensor | None,
+    layout: Layout,
+    needs: int,
+    config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `torch_engine.interact_backward`, in one launch and a reduction; the same bits at every run."""
+    from .triton_launch import backward_config, backward_launch, backward_programs, dot_precision, reduce_launch
+
+    batch, fields, emb_size = x.shape
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
+    if out.numel() == 0:
+        return d_x, torch.zeros_like(packed) if needs & NEED_WEIGHTS else None
+    target = _target(x.device)
+    if config is None:
+        config = backward_config(fields, dot_precision(x.dtype, target, allow_tf32()))
+    programs = backward_programs(batch, layout, config, target)
+    partial = packed.new_empty(programs, layout.numel)
+    tile_rows = fields if config.pack == 1 else 16
+    scratch = packed.new_empty(programs, tile_rows, emb_size) if needs & NEED_INPUT else packed
+    with _device(x):
+        backward_launch(
+            grad, x, packed, out, mask, x if d_x is None else d_x, partial, scratch, layout, needs, config, target
+        )()
+        if not needs & NEED_WEIGHTS:
+            return d_x, None
+        d_packed = torch.empty_like(packed)
+        reduce_launch(partial, d_packed, layout, needs)()
+    return d_x, d_packed

@@ -35,9 +35,9 @@ def _load_head(
     """A_h [16, 16], c_h [16] and M_h [16, 16], in orders that fit `as_operand` of q and of z."""
     i = tl.arange(0, BLOCK)
     restored = restoring(i, REORDER)
-    a = load_block(weights + h * E, i, restored, H * E, E, E)
-    c = load_vector(weights + E * H * E + h * E, restored, E)
-    m = load_block(weights + (E + 1) * H * E + h * E * O, reordered(i, REORDER), i, O, E, O)
+    a = load_block(weights + h * E, 0, 0, i, restored, H * E, E, E)
+    c = load_vector(weights + E * H * E + h * E, 0, restored, E)
+    m = load_block(weights + (E + 1) * H * E + h * E * O, 0, 0, reordered(i, REORDER), i, O, E, O)
     return a.to(DTYPE), c, m.to(DTYPE)
 
 
@@ -198,9 +198,9 @@ def forward_resident(
     nb: tl.constexpr = (F + BLOCK - 1) // BLOCK
     i = tl.arange(0, BLOCK)
     residual = weights + (E + 1 + O) * H * E
-    r = load_block(residual, i, i, O, E, O).to(dtype)
-    b = load_vector(residual + E * O, i, O)
-    g = load_vector(residual + (E + 1) * O, i, O)
+    r = load_block(residual, 0, 0, i, i, O, E, O).to(dtype)
+    b = load_vector(residual + E * O, 0, i, O)
+    g = load_vector(residual + (E + 1) * O, 0, i, O)
     if MASK == MASK_NONE:
         b += g
     heads = ()

@@ -13,6 +13,7 @@ from .triton_math import (
     MASK_NONE,
     NEG_INF,
     as_operand,
+    block_pointers,
     dot,
     finite,
     hide,
@@ -57,13 +58,14 @@ def _queries(
     """q_h = x A_h + c_h as chunks [R, 16], each ready to be the left operand of a dot."""
     n_rows: tl.constexpr = x_rows[0].shape[0]
     dtype: tl.constexpr = x_rows[0].dtype
+    rows = tl.arange(0, BLOCK)
+    columns = restoring(rows, REORDER)
     q = ()
     for j in tl.static_range(0, E, BLOCK):
-        columns = j + restoring(tl.arange(0, BLOCK), REORDER)
-        c = load_vector(weights + E * H * E + h * E, columns, E)
+        c = load_vector(weights + E * H * E + h * E, j, columns, E)
         q_j = tl.broadcast_to(c[None, :], (n_rows, BLOCK))
         for i in tl.static_range(len(x_rows)):
-            a = load_block(weights + h * E, i * BLOCK + tl.arange(0, BLOCK), columns, H * E, E, E)
+            a = load_block(weights + h * E, i * BLOCK, j, rows, columns, H * E, E, E)
             q_j = dot(x_rows[i], a.to(dtype), q_j, PRECISION)
         q = q + (as_operand(q_j.to(dtype), REORDER),)
     return q
@@ -247,12 +249,12 @@ def forward_streaming(
         x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, 1)
         y = ()
         for o in tl.static_range(0, O, BLOCK):
-            b = load_vector(residual + E * O, o + i, O)
+            b = load_vector(residual + E * O, o, i, O)
             if MASK == MASK_NONE:
-                b += load_vector(residual + (E + 1) * O, o + i, O)
+                b += load_vector(residual + (E + 1) * O, o, i, O)
             y_o = tl.broadcast_to(b[None, :], (ROWS, BLOCK))
             for e in tl.static_range(len(x_rows)):
-                r = load_block(residual, e * BLOCK + i, o + i, O, E, O).to(dtype)
+                r = load_block(residual, e * BLOCK, o, i, i, O, E, O).to(dtype)
                 y_o = dot(x_rows[e], r, y_o, PRECISION)
             y = y + (y_o,)
         row_sum = tl.zeros((ROWS,), acc)
@@ -267,11 +269,11 @@ def forward_streaming(
                 z_e = as_operand(z[e].to(dtype), REORDER)
                 added = ()
                 for o in tl.static_range(len(y)):
-                    m = load_block(values, e * BLOCK + reordered(i, REORDER), o * BLOCK + i, O, E, O)
+                    m = load_block(values, e * BLOCK, o * BLOCK, reordered(i, REORDER), i, O, E, O)
                     added = added + (dot(z_e, m.to(dtype), y[o], PRECISION),)
                 y = added
         for o in tl.static_range(len(y)):
-            g = load_vector(residual + (E + 1) * O, o * BLOCK + i, O)
+            g = load_vector(residual + (E + 1) * O, o * BLOCK, i, O)
             store_relu(y[o], row_sum, g, out, rows, o * BLOCK, tile, batch, F, O, 1, MASK)
 
 
@@ -282,20 +284,20 @@ def forward_streaming(
 
 
 @triton.jit
-def _add_block(pointer, block, rows, columns, stride, age, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """pointer[rows, columns] += block [R, 16]; at age 0 what stood there counts as zero."""
-    inside = (rows[:, None] < ROWS) & (columns[None, :] < COLUMNS)
-    pointers = pointer + rows[:, None] * stride + columns[None, :]
-    old = tl.load(pointers, mask=inside & (age != 0), other=0.0)
+def _add_block(pointer, block, top, left, rows, columns, stride, age, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """pointer[top + rows, left + columns] += block [R, 16]; at age 0 what stood there counts as zero."""
+    inside = (rows[:, None] < ROWS - top) & (columns[None, :] < COLUMNS - left)
+    pointers = block_pointers(pointer, top, left, rows, columns, stride)
+    old = tl.load(pointers, mask=inside & (tl.full((1, 1), 0, tl.int32) + age != 0), other=0.0)
     tl.store(pointers, old + block, mask=inside)
 
 
 @triton.jit
-def _add_vector(pointer, vector, i, age, SIZE: tl.constexpr):
-    """pointer[i] += vector [16]."""
-    inside = i < SIZE
-    old = tl.load(pointer + i, mask=inside & (age != 0), other=0.0)
-    tl.store(pointer + i, old + vector, mask=inside)
+def _add_vector(pointer, vector, first, i, age, SIZE: tl.constexpr):
+    """pointer[first + i] += vector [16]."""
+    inside = i < SIZE - first
+    old = tl.load(pointer + i + first, mask=inside & (tl.full((1,), 0, tl.int32) + age != 0), other=0.0)
+    tl.store(pointer + i + first, old + vector, mask=inside)
 
 
 @triton.jit
@@ -381,7 +383,7 @@ def _differentiate_keys(
         for i in tl.static_range(len(q)):
             d_x = dot(p_t, d_z_right[i], tl.zeros((KEYS, BLOCK), acc), PRECISION)
             d_x = dot(d_s_t, q_right[i], d_x, PRECISION)
-            _add_block(scratch, d_x, keys, i * BLOCK + tl.arange(0, BLOCK), E, age, BLOCK if PACK > 1 else F, E)
+            _add_block(scratch, d_x, 0, i * BLOCK, keys, tl.arange(0, BLOCK), E, age, BLOCK if PACK > 1 else F, E)
     return d_q
 
 
@@ -466,7 +468,7 @@ def backward(
                             for o in tl.static_range(len(d_y)):
                                 d_m = dot(z_t, d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
                                 _add_block(
-                                    partial + m_h, d_m, e * BLOCK + i, o * BLOCK + i, O, age_of_head, E, O
+                                    partial + m_h, d_m, e * BLOCK, o * BLOCK, i, i, O, age_of_head, E, O
                                 )
                     if NEED_INPUT or NEED_SCORES:
                         d_z = ()
@@ -475,10 +477,10 @@ def backward(
                         d_q = ()
                         delta = tl.zeros((ROWS, BLOCK), acc)
                         for e in tl.static_range(len(z)):
-                            columns = e * BLOCK + restoring(i, REORDER)
+                            columns = restoring(i, REORDER)
                             d_z_e = tl.zeros((ROWS, BLOCK), acc)
                             for o in tl.static_range(len(d_y)):
-                                m_t = load_transposed(weights + m_h, columns, o * BLOCK + i, O, E, O)
+                                m_t = load_transposed(weights + m_h, e * BLOCK, o * BLOCK, columns, i, O, E, O)
                                 d_z_e = dot(d_y[o], m_t.to(dtype), d_z_e, PRECISION)
                             d_z_e = as_operand(d_z_e, REORDER)
                             delta += d_z_e * z[e]
@@ -506,15 +508,17 @@ def backward(
                                 d_x_e = tl.zeros((ROWS, BLOCK), acc)
                                 for j in tl.static_range(len(d_q)):
                                     d_q_j = as_operand(d_q[j].to(dtype), REORDER)
-                                    columns = j * BLOCK + reordered(i, REORDER)
-                                    a_t = load_transposed(weights + h * E, e * BLOCK + i, columns, H * E, E, E)
+                                    columns = reordered(i, REORDER)
+                                    a_t = load_transposed(
+                                        weights + h * E, e * BLOCK, j * BLOCK, i, columns, H * E, E, E
+                                    )
                                     d_x_e = dot(d_q_j, a_t.to(dtype), d_x_e, PRECISION)
-                                _add_block(scratch, d_x_e, rows, e * BLOCK + i, E, 0, tile_rows, E)
+                                _add_block(scratch, d_x_e, 0, e * BLOCK, rows, i, E, 1, tile_rows, E)
                             tl.debug_barrier()
                         if NEED_SCORES:
                             for j in tl.static_range(len(d_q)):
                                 _add_vector(
-                                    partial + E * H * E + h * E, tl.sum(d_q[j], 0), j * BLOCK + i, age_of_head, E
+                                    partial + E * H * E + h * E, tl.sum(d_q[j], 0), j * BLOCK, i, age_of_head, E
                                 )
                                 d_q_j = d_q[j].to(dtype)
                                 for e in tl.static_range(len(x_rows)):
@@ -522,7 +526,7 @@ def backward(
                                         tl.trans(x_rows[e]), d_q_j, tl.zeros((BLOCK, BLOCK), acc), PRECISION
                                     )
                                     _add_block(
-                                        partial + h * E, d_a, e * BLOCK + i, j * BLOCK + i, H * E, age_of_head, E, E
+                                        partial + h * E, d_a, e * BLOCK, j * BLOCK, i, i, H * E, age_of_head, E, E
                                     )
         for first_row in tl.range(0, tile_rows, ROWS):
             age = t - pid + first_row
@@ -536,24 +540,24 @@ def backward(
                     if MASK != MASK_NONE:
                         seen = _sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
                         d_g = tl.sum(tl.where(seen[:, None], d_y[o].to(acc), 0.0), 0)
-                    _add_vector(partial + residual + E * O, d_b, o * BLOCK + i, age, O)
-                    _add_vector(partial + residual + (E + 1) * O, d_g, o * BLOCK + i, age, O)
+                    _add_vector(partial + residual + E * O, d_b, o * BLOCK, i, age, O)
+                    _add_vector(partial + residual + (E + 1) * O, d_g, o * BLOCK, i, age, O)
                 if NEED_RESIDUAL:
                     for e in tl.static_range(len(x_rows)):
                         d_r = dot(tl.trans(x_rows[e]), d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
-                        _add_block(partial + residual, d_r, e * BLOCK + i, o * BLOCK + i, O, age, E, O)
+                        _add_block(partial + residual, d_r, e * BLOCK, o * BLOCK, i, i, O, age, E, O)
             if NEED_INPUT:
                 for e in tl.static_range(len(x_rows)):
-                    columns = e * BLOCK + i
-                    inside = (rows[:, None] < tile_rows) & (columns[None, :] < E)
-                    d_x_e = tl.load(scratch + rows[:, None] * E + columns[None, :], mask=inside, other=0.0)
+                    inside = (rows[:, None] < tile_rows) & (i[None, :] < E - e * BLOCK)
+                    pointers = block_pointers(scratch, 0, e * BLOCK, rows, i, E)
+                    d_x_e = tl.load(pointers, mask=inside, other=0.0)
                     for o in tl.static_range(len(d_y)):
-                        r_t = load_transposed(weights + residual, columns, o * BLOCK + i, O, E, O)
+                        r_t = load_transposed(weights + residual, e * BLOCK, o * BLOCK, i, i, O, E, O)
                         d_x_e = dot(d_y[o], r_t.to(dtype), d_x_e, PRECISION)
                     offsets, exists = row_offsets(rows, tile, batch, F * E, E, F, PACK)
                     tl.store(
-                        d_x + offsets[:, None] + columns[None, :],
+                        d_x + offsets[:, None] + i[None, :] + e * BLOCK,
                         d_x_e.to(d_x.dtype.element_ty),
-                        mask=exists[:, None] & (columns[None, :] < E),
+                        mask=exists[:, None] & (i[None, :] < E - e * BLOCK),
                     )
         tl.debug_barrier()

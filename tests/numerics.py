@@ -209,6 +209,19 @@ def layer_forward(backend: str) -> Forward:
     return forward
 
 
+def layer_of(problem: Problem, backend: str = "auto") -> InteractingLayer:
+    """A layer with the problem's parameters."""
+    layer = InteractingLayer(problem.n_head, problem.x.shape[-1], backend=backend, dtype=problem.p.w_q.dtype)
+    layer.load_state_dict(dict(zip(state_names(layer), problem.p, strict=True)))
+    return layer
+
+
+def expected_output(layer: ReferenceInteractingLayer, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What `layer(x, mask)` should give with its parameters as they are now."""
+    p = InteractingParameters(*(t.detach() for t in layer.interacting_parameters()))
+    return einsum(x.detach(), p, layer.n_head, mask)
+
+
 def state_names(layer: ReferenceInteractingLayer) -> list[str]:
     """The names of the ten parameters in a state_dict, in the order of `InteractingParameters`."""
     return [name for name, _ in layer.named_parameters()]
@@ -248,4 +261,16 @@ class EmulatedTF32(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         factors = MATRIX_PRODUCTS.get(func, ())
         args = tuple(round_to_tf32(a) if i in factors else a for i, a in enumerate(args))
+        return func(*args, **(kwargs or {}))
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts those in matrix products, in-place ones too (which torch's FlopCounterMode leaves out)."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in MATRIX_PRODUCTS:
+            left, right = (args[i] for i in MATRIX_PRODUCTS[func])
+            self.count += left.numel() * (right.shape[-1] if right.ndim > 1 else 1)
         return func(*args, **(kwargs or {}))

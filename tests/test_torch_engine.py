@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from autoint_fast.kernels import torch_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from autoint_fast.kernels import torch_engine
 from autoint_fast.reference import InteractingParameters
 from tests.cases import LAYOUTS, Shape, draw_mask, draw_problem
 from tests.numerics import (
-    MATRIX_PRODUCTS,
     NAMES,
+    Multiplications,
     Problem,
     assert_rule,
     einsum,
@@ -73,18 +73,6 @@ def test_several_threads_inside(threads: int) -> None:
 
 
 # --- work not done ------------------------------------------------------------------------------------------
-
-
-class Multiplications(TorchDispatchMode):
-    """Counts those in matrix products, in-place ones too (which torch's FlopCounterMode leaves out)."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in MATRIX_PRODUCTS:
-            left, right = (args[i] for i in MATRIX_PRODUCTS[func])
-            self.count += left.numel() * (right.shape[-1] if right.ndim > 1 else 1)
-        return func(*args, **(kwargs or {}))
 
 
 def work_of(problem: Problem, wanted: set[str]) -> int:
