@@ -96,9 +96,8 @@ def devices() -> list[Device]:
             found.append(Device("cuda", f"cuda:{i}", f"{device.name}, {level}, {memory}"))
     if torch.xpu.is_available():
         for i in range(torch.xpu.device_count()):
-            device = torch.xpu.get_device_properties(i)
-            memory = f"{device.total_memory / 2**30:.0f} GiB"
-            found.append(Device("xpu", f"xpu:{i}", f"{device.name}, {memory}"))
+            xpu = torch.xpu.get_device_properties(i)
+            found.append(Device("xpu", f"xpu:{i}", f"{xpu.name}, {xpu.total_memory / 2**30:.0f} GiB"))
     return found
 
 
@@ -203,7 +202,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, without the program's name; gives the exit status, 2 for bad arguments."""
     parsed = build_parser().parse_args(arguments)
-    return int(parsed.run(parsed))
+    try:
+        status = int(parsed.run(parsed))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has seen enough; the flush at exit shall not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 if __name__ == "__main__":

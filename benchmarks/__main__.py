@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 INTRODUCTION = """\
-Compares the interacting layer's engines with each other and with the layers people have: every contestant is checked
-against its formula in float64 first, then timed in interleaved rounds. Writes a CSV and a picture, prints tables.
-Exits with 1 when an engine of autoint_fast fails its check.
+Compares autoint_fast's engines with the layers people have. Every contestant is checked against its formula
+in float64 first, then timed in interleaved rounds. Prints tables, writes a CSV and a picture, and exits
+with 1 when an engine of autoint_fast computes wrong numbers.
 """
 COMMANDS = """\
 commands:
@@ -26,20 +26,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; gives the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    command, rest = (arguments[0], arguments[1:]) if arguments[:1] == ["plot"] else ("", arguments)
-    prog = f"python -m benchmarks {command}".rstrip()
+    plotting = arguments[:1] == ["plot"]
     parser = Parser(
-        prog,
-        description=INTRODUCTION if not command else "Draws the results of an earlier run.",
-        epilog=COMMANDS if not command else None,
+        "python -m benchmarks plot" if plotting else "python -m benchmarks",
+        description="Draws the results of an earlier run." if plotting else INTRODUCTION,
+        epilog=None if plotting else COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
         from . import plot, speed
     except ModuleNotFoundError as error:
         parser.error(f"{error}; the benchmarks need autoint_fast[bench]")
-    return (plot if command else speed).main(rest, parser)
+    return plot.main(arguments[1:], parser) if plotting else speed.main(arguments, parser)
 
 
 if __name__ == "__main__":

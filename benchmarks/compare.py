@@ -1,9 +1,8 @@
-"""The comparison: every contestant is checked, then timed in interleaved rounds, then its memory is measured."""
+"""The comparison: every contestant is checked, timed in interleaved rounds, and its memory measured."""
 
 from __future__ import annotations
 
 import datetime
-import gc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,9 @@ from .report import FAILED, OK, Row
 # Of the memory that is free now, what a contestant may be expected to need.
 USABLE_MEMORY = 0.8
 
+# Told what is going on, and the share of the case that is done.
+Progress = Callable[[str, float], None]
+
 
 class Plan(NamedTuple):
     """How a case is measured.
@@ -27,11 +29,8 @@ class Plan(NamedTuple):
     """
 
     rounds: int | None = None
-    seconds: float = 1.5
+    seconds: float = 1.0
     memory: bool = True
-
-
-Progress = Callable[[str, float], None]
 
 
 def compare(
@@ -44,28 +43,31 @@ def compare(
 ) -> list[Row]:
     """A row for every contestant of the field: its figures, or in the notes why there are none.
 
-    `progress` is told what is going on, and the share of the case that is done.
+    load: the load average before the run, for the record and its warning.
     """
-    field = list(field)
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
-        rows, bouts = _check(case, field, progress)
-        rows = _time(case, field, rows, bouts, plan, progress)
+        # First, because on a GPU it takes memory that must not be missing later.
+        clock = timing.clock_for(case.device)
+        rows, bouts = _check(case, list(field), progress)
+        if bouts:
+            rows |= _time(case, rows, bouts, clock, plan, progress)
         if plan.memory:
-            rows = _weigh(case, rows, bouts, progress)
+            rows |= _weigh(case, rows, bouts, progress)
     finally:
         torch.set_num_threads(threads)
+        contestants.inputs.cache_clear()
     about = {**machine.describe(case.device)._asdict(), "load_average": load}
     about["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    busy = machine.busy_before(load)
     return [
-        replace(row, **about, warning="; ".join(text for text in (busy, row.warning) if text))
+        replace(row, **about, warning="; ".join(filter(None, (machine.busy(load), row.warning))))
         for row in rows.values()
     ]
 
 
 def _check(case: Case, field: list[Contestant], progress: Progress) -> tuple[dict[str, Row], dict[str, Bout]]:
+    """Everybody's row, with the verdict, and those who may be timed."""
     rows, bouts = {}, {}
     for i, contestant in enumerate(field):
         progress(f"checking {contestant.name}", 0.2 * i / len(field))
@@ -81,6 +83,8 @@ def _check(case: Case, field: list[Contestant], progress: Progress) -> tuple[dic
                 notes = str(error)
             except Exception as error:
                 notes = _failure(error)
+        if case.device_type == "cuda":
+            torch.cuda.empty_cache()
         rows[contestant.name] = Row(
             data="random" if case.criteo is None else Path(case.criteo).name,
             shape=case.shape.name,
@@ -96,7 +100,6 @@ def _check(case: Case, field: list[Contestant], progress: Progress) -> tuple[dic
             parity=status,
             notes=notes,
         )
-        _tidy(case)
     return rows, bouts
 
 
@@ -112,29 +115,20 @@ def _failure(error: Exception) -> str:
     # A CPU's allocator raises a plain RuntimeError.
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
-    text = str(error).strip().partition("\n")[0]
-    return f"fails: {type(error).__name__}: {text}"
-
-
-def _tidy(case: Case) -> None:
-    gc.collect()
-    if case.device_type == "cuda":
-        torch.cuda.empty_cache()
+    return f"fails: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _time(
     case: Case,
-    field: list[Contestant],
     rows: dict[str, Row],
     bouts: dict[str, Bout],
+    clock: timing.Clock,
     plan: Plan,
     progress: Progress,
 ) -> dict[str, Row]:
-    if not bouts:
-        return rows
     samples = timing.race(
         {name: bout.step for name, bout in bouts.items()},
-        timing.clock_for(case.device),
+        clock,
         rounds=plan.rounds,
         seconds=plan.seconds,
         progress=lambda share: progress("timing", 0.2 + 0.5 * share),
@@ -143,7 +137,7 @@ def _time(
     reference = figures["reference"].p50 if "reference" in figures else None
     sdpa = min((figures[name].p50 for name in ("sdpa", "sdpa-fused") if name in figures), default=None)
     warning = machine.unsteady(q.spread for q in figures.values())
-    timed = {
+    return {
         name: replace(
             rows[name],
             rounds=len(samples[name]),
@@ -157,7 +151,6 @@ def _time(
         )
         for name, q in figures.items()
     }
-    return rows | timed
 
 
 def _weigh(case: Case, rows: dict[str, Row], bouts: dict[str, Bout], progress: Progress) -> dict[str, Row]:
@@ -170,8 +163,8 @@ def _weigh(case: Case, rows: dict[str, Row], bouts: dict[str, Bout], progress: P
             else:
                 peak = memory.peak_extra_cpu(contestants.step_of, name, case, threads=case.threads)
         except (memory.NotMeasured, torch.OutOfMemoryError) as error:
-            notes = "; ".join(note for note in (rows[name].notes, f"memory not measured: {error}") if note)
+            notes = "; ".join(filter(None, (rows[name].notes, f"memory not measured: {error}")))
             weighed[name] = replace(rows[name], notes=notes)
         else:
             weighed[name] = replace(rows[name], peak_extra_mib=peak)
-    return rows | weighed
+    return weighed

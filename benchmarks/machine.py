@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -14,13 +15,15 @@ import torch
 
 import autoint_fast
 
-# Of one core: what an idle desktop or a run that has just ended leaves is below.
+# In cores: an idle machine is below it, anybody else's computation above.
 BUSY_LOAD = 0.5
 # (p80 - p20) / p50, the median over the contestants of a case.
 WIDE_SPREAD = 0.3
 
 
 class Machine(NamedTuple):
+    """Columns of the results. Empty: not there, or not known."""
+
     machine: str
     processor: str
     python: str
@@ -30,6 +33,7 @@ class Machine(NamedTuple):
     commit: str
 
 
+@functools.lru_cache
 def describe(device: str) -> Machine:
     """The machine and the versions, for figures measured on `device`."""
     on_cpu = torch.device(device).type == "cpu"
@@ -77,16 +81,13 @@ def load_average() -> float | None:
         return None
 
 
-def busy_before(load: float | None) -> str:
-    """A warning where others were computing before the run, else ""."""
-    if load is None or load <= BUSY_LOAD:
-        return ""
-    return f"load average {load:.1f} before the run"
+def busy(load: float | None) -> str:
+    """A warning where others were computing, by the load average before the run, else ""."""
+    return f"load average {load:.1f}" if load is not None and load > BUSY_LOAD else ""
 
 
 def unsteady(spreads: Iterable[float]) -> str:
     """A warning where the rounds of a case lie far apart, else ""."""
     ordered = sorted(spreads)
-    if not ordered or ordered[len(ordered) // 2] <= WIDE_SPREAD:
-        return ""
-    return f"rounds spread by {ordered[len(ordered) // 2]:.0%}"
+    middle = ordered[len(ordered) // 2]
+    return f"rounds spread by {middle:.0%}" if middle > WIDE_SPREAD else ""

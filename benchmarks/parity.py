@@ -1,8 +1,8 @@
 """Whether a contestant computes what it claims to: no speed is reported for one that does not.
 
-Truth is its formula in float64 from the very numbers it gets; plain is the formula in the dtype under test. A
-contestant may err twice as much as plain, plus one rounding unit of the largest true value, in the maximum and in the
-root mean square, for the output and, in training, for every gradient.
+Truth is its formula in float64 from the very numbers it gets; plain is the formula in the dtype under test.
+A contestant may err twice as much as plain, plus one rounding unit of the largest true value, in the maximum
+and in the root mean square, for the output and, in training, for every gradient.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from .cases import Case
 from .contestants import Bout, Contestant, reference_layer, the_layer
 
-# Samples do not depend on one another, so that these stand for the batch, and truth is not needed for all of it.
+# Samples do not depend on one another: these stand for the batch, and truth is not needed for all of it.
 SAMPLES = 64
 
 
 def violation(contestant: Contestant, case: Case, bout: Bout) -> str:
     """The first tensor of the contestant that breaks the rule, in words; "" where all keep it.
 
-    The layer runs on the whole batch, exactly as it is timed. It is judged by samples from the first to the last: the
-    gradient of all others is set to zero, so that these alone make the gradients of the weights.
+    The layer runs on the whole batch, exactly as it is timed. It is judged by samples from the first to the
+    last: the gradient of all others is set to zero, so that these alone make the gradients of the weights.
     """
     samples = torch.linspace(0, case.batch - 1, min(case.batch, SAMPLES), device=bout.x.device).round().long()
     x = bout.x.detach()[samples]
@@ -45,9 +45,8 @@ def violation(contestant: Contestant, case: Case, bout: Bout) -> str:
     grad = torch.randn(out.shape, generator=draw).to(out).masked_fill(~certain, 0.0)
     whole_grad = torch.zeros_like(whole).index_copy_(0, samples, grad)
     d_x, *d_parameters = torch.autograd.grad(whole, [bout.x, *bout.module.parameters()], whole_grad)
-    got = [d_x[samples], *contestant.arrange(d_parameters)]
     return _compare(
-        _named(out, got),
+        _named(out, [d_x[samples], *contestant.arrange(d_parameters)]),
         _named(plain, torch.autograd.grad(plain, plain_leaves, grad)),
         _named(exact, torch.autograd.grad(exact, exact_leaves, grad.double())),
     )
@@ -56,6 +55,7 @@ def violation(contestant: Contestant, case: Case, bout: Bout) -> str:
 def _define(
     contestant: Contestant, x: Tensor, parameters: Sequence[Tensor], case: Case
 ) -> tuple[Tensor, list[Tensor]]:
+    """The definition's output, and what to differentiate it by."""
     leaves = [t.clone().requires_grad_(case.training) for t in (x, *parameters)]
     return contestant.definition(leaves[0], leaves[1:], case.shape.n_head), leaves
 
@@ -63,8 +63,8 @@ def _define(
 def _named(out: Tensor, grads: Sequence[Tensor]) -> dict[str, Tensor]:
     """The output and the gradients by name, those of all biases as one.
 
-    A bias of the keys moves every logit of a row alike: its gradient is rounding noise around zero, which has no
-    scale of its own to be judged on.
+    A bias of the keys moves every logit of a row alike: its gradient is rounding noise around zero, which has
+    no scale of its own to be judged on.
     """
     d_x, *d_parameters = grads
     tensors = {"out": out, "gradient of x": d_x}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 from rich import box
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 CSV_NAME = "results.csv"
+OK, FAILED = "ok", "failed"
 
 # A run replaces the rows that agree with one of its own in these, and no others.
 KEY = (
@@ -31,15 +33,13 @@ KEY = (
     "contestant",
 )
 
-OK, FAILED = "ok", "failed"
-
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant in one case. None: not measured, `notes` say why.
+    """One contestant in one case. None: not measured; `notes` say why.
 
-    x_reference, x_sdpa: how many times faster than those were in the same rounds. parity: "ok", "failed", or "" where
-    it did not come to that.
+    parity: "ok", "failed", or "" where it did not come to that. x_reference, x_sdpa: how many times faster
+    than those (the faster of the two SDPA layers) in the same rounds.
     """
 
     data: str
@@ -81,34 +81,39 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
+class ResultsError(ValueError):
+    """A file that holds no results; the message names it."""
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file as text. Raises ValueError for a file that is none."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in KEY if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}: expected results of this benchmark, but it has no column {missing[0]!r}"
-            )
-        return list(reader)
+    """The rows of a results file as text. Raises ResultsError for any other file, OSError as `open` does."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file, restval="")
+        try:
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            rows = list(reader)
+        except csv.Error as error:
+            raise ResultsError(f"{path}: expected a {CSV_NAME}: {error}") from None
+    if missing:
+        raise ResultsError(f"{path}: expected a {CSV_NAME}, but it has no column {missing[0]!r}")
+    return rows
 
 
 def update_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Puts `rows` into the file, in place of those with the same key."""
-    rows = list(rows)
-    new = {row.key() for row in rows}
-    kept = [
-        row
-        for row in (read_csv(path) if path.exists() else [])
-        if tuple(row[name] for name in KEY) not in new
-    ]
+    """Puts `rows` into the file, in place of those with the same key.
+
+    Raises ResultsError where the file is there and holds something else.
+    """
+    new = {row.key(): {name: _text(value) for name, value in asdict(row).items()} for row in rows}
+    old = read_csv(path) if path.exists() else []
+    kept = [row for row in old if tuple(row[name] for name in KEY) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced as a whole, so that a run that is cut off leaves the file as it was.
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows([*kept, *({name: _text(v) for name, v in asdict(row).items()} for row in rows)])
+        writer.writerows([*kept, *new.values()])
     os.replace(partial, path)
 
 
@@ -118,44 +123,55 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Sequence[Row], ours: Sequence[str]) -> Table:
+def table(rows: Sequence[Row], ours: Collection[str]) -> Table:
     """The rows of one mode, case by case; contestants named in `ours` stand out."""
-    title = f"{rows[0].mode}, {rows[0].dtype}, {rows[0].device}, {rows[0].data} data"
+    first = rows[0]
+    title = f"{first.mode}, {first.dtype}, {first.device}, {first.data} data"
     result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("shape", "batch", "contestant"):
+    for name in ("case", "contestant"):
         result.add_column(name, no_wrap=True)
     for name in ("p50 ms", "p20 - p80", "samples/s", "x reference", "x SDPA", "extra MiB"):
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("notes", overflow="fold")
-    previous = None
-    for row in rows:
-        case = (row.shape, row.batch)
-        shape = f"{row.shape} {row.fields}x{row.emb_size}x{row.n_head}"
-        batch = f"{row.batch:,} on {row.threads} thread{'s' * (row.threads > 1)}"
-        if previous is not None and case != previous:
-            result.add_section()
-        bad = row.parity == FAILED or row.p50_ms is None
-        result.add_row(
-            *((shape, batch) if case != previous else ("", "")),
-            row.contestant,
-            _number(row.p50_ms),
-            f"{_number(row.p20_ms)} - {_number(row.p80_ms)}" if row.p50_ms is not None else "",
-            f"{row.samples_per_s:,.0f}" if row.samples_per_s is not None else "",
-            _ratio(row.x_reference),
-            _ratio(row.x_sdpa),
-            _number(row.peak_extra_mib),
-            Text("; ".join(note for note in (row.notes, row.warning) if note)),
-            style="red" if bad else "bold green" if row.contestant in ours else None,
-        )
-        previous = case
+    for _, group in groupby(
+        rows, key=lambda row: (row.shape, row.fields, row.emb_size, row.n_head, row.batch)
+    ):
+        case = list(group)
+        for label, row in zip_longest(_labels(case[0]), case):
+            if row is None:
+                result.add_row(label)
+                continue
+            bad = row.parity == FAILED or row.p50_ms is None
+            result.add_row(
+                label,
+                row.contestant,
+                _number(row.p50_ms),
+                f"{_number(row.p20_ms)} - {_number(row.p80_ms)}" if row.p50_ms is not None else "",
+                f"{row.samples_per_s:,.0f}" if row.samples_per_s is not None else "",
+                _ratio(row.x_reference),
+                _ratio(row.x_sdpa),
+                _number(row.peak_extra_mib),
+                Text(f"WRONG: {row.notes}" if row.parity == FAILED else row.notes),
+                style="red" if bad else "bold green" if row.contestant in ours else None,
+            )
+        result.add_section()
     return result
+
+
+def _labels(row: Row) -> list[Text]:
+    """What the first column says beside the rows of a case."""
+    threads = [f"{row.threads} thread{'s' if row.threads > 1 else ''}"] if row.device == "cpu" else []
+    return [
+        *map(Text, [f"{row.shape} {row.fields}x{row.emb_size}x{row.n_head}", f"B = {row.batch:,}", *threads]),
+        *(Text(warning, style="yellow") for warning in row.warning.split("; ") if warning),
+    ]
 
 
 def _number(value: float | None) -> str:
     """With three digits that count, and no exponent."""
     if value is None:
         return ""
-    return f"{value:,.{max(0, 2 - len(str(int(abs(value)))) + (abs(value) < 1) + 1)}f}"
+    return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _ratio(value: float | None) -> str:

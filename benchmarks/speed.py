@@ -1,4 +1,4 @@
-"""The command line of the main job: which cases and contestants, and where the results go."""
+"""The command line of the comparison: which cases and contestants, and where the results go."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .cases import DEFAULT_BATCHES, DTYPES, MODES, SHAPES, Case, Shape, batches,
 from .compare import Plan, compare
 from .contestants import CONTESTANTS, Contestant
 from .report import FAILED, Row
+from .timing import LEAST_ROUNDS
 
 T = TypeVar("T", int, float)
 
 # A pipe has no width of its own, and rows that wrap cannot be read.
-PIPE_WIDTH = 170
+PIPE_WIDTH = 150
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
@@ -31,16 +32,15 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
     console, errors = Console(), Console(stderr=True)
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
+    written = [options.out / report.CSV_NAME]
     try:
-        _check(options)
-        cases = _cases(options)
-        rows = list(_run(options, cases, errors))
+        _prepare(options, parser, errors)
+        rows = list(_run(options, errors))
         if not rows:
-            raise ValueError("none of the contestants takes part in any of the cases")
-        written = [options.out / report.CSV_NAME]
+            parser.error("nothing was measured: none of the contestants takes part in any of the cases")
         if options.plot and any(row.p50_ms for row in rows):
             written += plot.plot_csv(written[0], options.out)
-    except (OSError, ValueError) as error:
+    except (OSError, criteo.CriteoError, report.ResultsError) as error:
         parser.error(str(error))
     _show(rows, console)
     for path in written:
@@ -50,7 +50,14 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--shapes", nargs="+", type=parse_shape, metavar="SHAPE", help=_shapes_help())
+    what.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        metavar="SHAPE",
+        help=f"fields x embedding size x heads, as in 39x16x2, or one of {', '.join(SHAPES)} "
+        f"(default: {', '.join(DEFAULT_BATCHES)})",
+    )
     what.add_argument("--batch", nargs="+", type=_at_least(1, int), metavar="B", help="batch sizes")
     what.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: both")
     what.add_argument(
@@ -58,17 +65,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=tuple(CONTESTANTS),
         metavar="NAME",
-        help=f"of {', '.join(CONTESTANTS)} (default: all; compile at Criteo's largest batch only, "
-        "because compiling takes half a minute)",
+        help="from the list below (default: all, though compile, which takes half a minute, only at the "
+        "largest batch of criteo)",
     )
     what.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: fp32")
     what.add_argument(
-        "--full", action="store_true", help="every named shape, batches up to 65,536: hours on a CPU"
+        "--full", action="store_true", help="every named shape, batches up to 65,536 (on a CPU: hours)"
     )
     what.add_argument(
         "--criteo",
         metavar="FILE",
-        help="run on rows of this Criteo log (label, 13 integers, 26 hashes; tabs between)",
+        help="run on the rows of this Criteo log: label, 13 integers, 26 hashes, tabs between",
     )
     how = parser.add_argument_group("how it is measured")
     how.add_argument("--device", default="cpu", type=_device, help="cpu, cuda or cuda:N (default: cpu)")
@@ -76,28 +83,35 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=_at_least(1, int),
         metavar="N",
-        help="CPU threads (default: torch's number, but one for batches of up to 512)",
+        help="CPU threads (default: as many as torch takes, but one for batches of up to 512)",
     )
-    how.add_argument(
-        "--rounds", type=_at_least(1, int), metavar="N", help="rounds per case (default: by --seconds)"
-    )
+    how.add_argument("--rounds", type=_at_least(1, int), metavar="N", help="rounds per case")
     how.add_argument(
         "--seconds",
         type=_at_least(0.0, float),
         default=Plan().seconds,
-        help="time per case, for at least 5 rounds (default: %(default)s)",
+        metavar="S",
+        help=f"without --rounds: seconds of timing per case, and {LEAST_ROUNDS} rounds at least "
+        "(default: %(default)s)",
     )
-    how.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
+    how.add_argument(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="leave out peak memory (it is measured at the largest batch of a shape)",
+    )
     out = parser.add_argument_group("where the results go")
     out.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: ./results")
     out.add_argument("--no-plot", dest="plot", action="store_false", help="leave out the picture")
+    names = [f"  {contestant.name:<14}{contestant.about}" for contestant in CONTESTANTS.values()]
+    parser.epilog = "\n".join(["contestants:", *names, "", parser.epilog or ""])
 
 
-def _shapes_help() -> str:
-    return (
-        f"fields x embedding size x heads, as in 39x16x2, or one of {', '.join(SHAPES)} "
-        f"(default: {', '.join(DEFAULT_BATCHES)})"
-    )
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _at_least(least: T, kind: Callable[[str], T]) -> Callable[[str], T]:
@@ -107,7 +121,7 @@ def _at_least(least: T, kind: Callable[[str], T]) -> Callable[[str], T]:
         except ValueError:
             value = least - 1
         if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__} of at least {least}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text!r}")
         return value
 
     return parse
@@ -117,35 +131,42 @@ def _device(text: str) -> str:
     try:
         device = torch.device(text)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"torch sees {torch.cuda.device_count()} CUDA devices here, got {text!r}"
-        )
+    if device.type == "cpu":
+        return "cpu"
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices, got {text!r}")
     return text
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raises ValueError or OSError for what would end a run later."""
+def _prepare(options: argparse.Namespace, parser: argparse.ArgumentParser, errors: Console) -> None:
+    """Finds now what would end a run later. Raises OSError, CriteoError and ResultsError."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    if (options.out / report.CSV_NAME).exists():
+        report.read_csv(options.out / report.CSV_NAME)
+    if options.device != "cpu":
+        # Events and the cache flush belong to the current device.
+        torch.cuda.set_device(options.device)
+    options.shapes = list(dict.fromkeys(options.shapes or _default_shapes(options)))
     if options.criteo is None:
         return
-    shapes = options.shapes or [SHAPES["criteo"]]
-    for shape in shapes:
+    for shape in options.shapes:
         if shape.fields != criteo.FIELDS:
-            raise ValueError(
-                f"argument --criteo: its rows have {criteo.FIELDS} fields, the shape {shape} has not"
-            )
-    criteo.load(options.criteo, shapes[0].emb_size)
+            parser.error(f"argument --criteo: its rows have {criteo.FIELDS} fields, which {shape} has not")
+    rows = len(criteo.load(options.criteo, options.shapes[0].emb_size))
+    if rows < max(case.batch for case in _cases(options)):
+        errors.print(f"The file has {rows:,} rows; larger batches repeat them.", style="yellow")
+
+
+def _default_shapes(options: argparse.Namespace) -> list[Shape]:
+    if options.criteo is not None:
+        return [SHAPES["criteo"]]
+    return [SHAPES[name] for name in (SHAPES if options.full else DEFAULT_BATCHES)]
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    shapes: Sequence[Shape] = options.shapes or (
-        [SHAPES["criteo"]]
-        if options.criteo is not None
-        else [SHAPES[name] for name in (SHAPES if options.full else DEFAULT_BATCHES)]
-    )
     return [
         Case(
             shape,
@@ -157,18 +178,17 @@ def _cases(options: argparse.Namespace) -> list[Case]:
             options.criteo,
         )
         for mode in (MODES if options.mode == "both" else (options.mode,))
-        for shape in shapes
-        for batch in options.batch or batches(shape, options.full)
+        for shape in options.shapes
+        for batch in dict.fromkeys(options.batch or batches(shape, options.full))
     ]
 
 
-def _run(options: argparse.Namespace, cases: list[Case], errors: Console) -> Iterator[Row]:
-    """The rows, case by case, in the CSV before they are given."""
+def _run(options: argparse.Namespace, errors: Console) -> Iterator[Row]:
+    """The rows, case by case; each is in the CSV before it is given."""
     load = machine.load_average() if options.device == "cpu" else None
-    if busy := machine.busy_before(load):
-        errors.print(
-            f"This machine is busy: {busy}. Do not trust the timings.", style="yellow", highlight=False
-        )
+    if busy := machine.busy(load):
+        errors.print(f"This machine is busy ({busy}): do not trust the timings.", style="yellow")
+    cases = _cases(options)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("", total=len(cases))
@@ -177,7 +197,7 @@ def _run(options: argparse.Namespace, cases: list[Case], errors: Console) -> Ite
             def advance(what: str, share: float, i: int = i, case: Case = case) -> None:
                 bar.update(task, completed=i + share, description=f"{case}: {what}")
 
-            # Memory grows with the batch, so the largest tells.
+            # Memory grows with the batch, so the largest tells; compiling is worth it once.
             largest = case.batch == max(other.batch for other in cases if other.shape == case.shape)
             plan = Plan(options.rounds, options.seconds, options.memory and largest)
             try:
@@ -199,20 +219,14 @@ def _field(options: argparse.Namespace, case: Case, largest: bool) -> list[Conte
 def _show(rows: Sequence[Row], console: Console) -> None:
     """The tables, and in a line each who never took part."""
     present = {row.contestant for row in rows if row.p50_ms is not None or row.parity}
+    ours = [name for name, contestant in CONTESTANTS.items() if contestant.ours]
     for mode in MODES:
         shown = [row for row in rows if row.mode == mode and row.contestant in present]
         if shown:
-            console.print(report.table(shown, [name for name, c in CONTESTANTS.items() if c.ours]))
-    absent = {row.contestant: row.notes for row in rows if row.contestant not in present}
-    for name, why in absent.items():
+            console.print(report.table(shown, ours))
+    for name, why in {row.contestant: row.notes for row in rows if row.contestant not in present}.items():
         console.print(f"not measured: {name}: {why}", highlight=False, markup=False)
     first = rows[0]
-    versions = ", ".join(
-        f"{name} {getattr(first, name)}"
-        for name in ("torch", "triton", "python", "autoint_fast")
-        if getattr(first, name)
-    )
-    console.print(
-        f"{first.processor} ({first.machine}), {versions}, commit {first.commit or 'unknown'}",
-        highlight=False,
-    )
+    known = [name for name in ("torch", "triton", "python", "autoint_fast", "commit") if getattr(first, name)]
+    versions = ", ".join(f"{name} {getattr(first, name)}" for name in known)
+    console.print(f"{first.processor} ({first.machine}), {versions}", highlight=False, markup=False)

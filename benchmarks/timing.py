@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 Step = Callable[[], object]
 # Seconds of one call, from running the step so many times.
 Clock = Callable[[Step, int], float]
 
-# A turn lasts at least this long, so that the timer's own cost and the neighbours' cache lines hardly count.
+# A turn lasts at least this long, so that the timer's cost and a neighbour's cache lines hardly count.
 TURN_SECONDS = 0.002
 MOST_CALLS = 1000
-WARM_UP_CALLS = 3
+WARM_UP_CALLS = 2
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
 
@@ -33,18 +32,19 @@ class Quantiles(NamedTuple):
     @property
     def spread(self) -> float:
         """How far the rounds lie apart, as a share of the median."""
-        return (self.p80 - self.p20) / self.p50 if self.p50 else 0.0
+        return (self.p80 - self.p20) / self.p50
 
 
 def quantiles(seconds: Sequence[float]) -> Quantiles:
-    """p20, p50 and p80, interpolated between rounds. Raises ValueError for no rounds at all."""
-    if not seconds:
-        raise ValueError("seconds: expected at least one round, got none")
-    deciles = statistics.quantiles([*seconds] * (2 if len(seconds) == 1 else 1), n=10, method="inclusive")
+    """p20, p50 and p80, interpolated between rounds."""
+    # statistics wants two points; one round twice is that round.
+    points = [*seconds, *seconds] if len(seconds) == 1 else seconds
+    deciles = statistics.quantiles(points, n=10, method="inclusive")
     return Quantiles(deciles[1], deciles[4], deciles[7])
 
 
 def cpu_clock(step: Step, calls: int) -> float:
+    """Seconds of one call by the wall clock."""
     start = time.perf_counter()
     for _ in range(calls):
         step()
@@ -52,15 +52,16 @@ def cpu_clock(step: Step, calls: int) -> float:
 
 
 class CudaClock:
-    """Times by CUDA events, each call from a second-level cache without its input.
+    """Times by CUDA events, every call with its input out of the second-level cache.
 
     flush: a buffer larger than that cache. cuda: `torch.cuda`, or a stand-in.
     """
 
-    def __init__(self, flush: Tensor, cuda: Any = torch.cuda) -> None:
+    def __init__(self, flush: Any, cuda: Any = torch.cuda) -> None:
         self.flush, self.cuda = flush, cuda
 
     def __call__(self, step: Step, calls: int) -> float:
+        """Seconds of one call on the device."""
         events = []
         for _ in range(calls):
             # Flushing also keeps the device busy while the host prepares the launches that are timed.
@@ -78,7 +79,7 @@ def clock_for(device: str) -> Clock:
     """The clock for steps on `device`."""
     if torch.device(device).type == "cpu":
         return cpu_clock
-    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
     return CudaClock(torch.empty(4 * cache, dtype=torch.int8, device=device))
 
 
@@ -87,13 +88,13 @@ def race(
     clock: Clock,
     *,
     rounds: int | None = None,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
     """Per name, the seconds of one call in each round, after a warm-up.
 
-    Every step gets one turn a round, and the next round starts one step later. It ends after `rounds`, or, if that is
-    None, after `seconds`, though not before `LEAST_ROUNDS`. `progress` is told the share that is done.
+    Every step gets one turn a round, and the next round starts one step later. It ends after `rounds`, or,
+    if that is None, after `seconds`, though not before LEAST_ROUNDS. `progress` is told the share done.
     """
     calls = {}
     for name, step in steps.items():
@@ -107,7 +108,7 @@ def race(
     try:
         start = time.perf_counter()
         for turn in range(rounds or MOST_ROUNDS):
-            first = turn % len(names) if names else 0
+            first = turn % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(clock(steps[name], calls[name]))
             elapsed = time.perf_counter() - start

@@ -33,10 +33,10 @@ def fold(
     w_r,
     b_r,
     packed,  # fp32 or fp64
-    scale,  # log2(e) / sqrt(E)
     E: tl.constexpr,
     H: tl.constexpr,
     O: tl.constexpr,
+    SCALE: tl.constexpr,  # log2(e) / sqrt(E)
 ):
     """One program per block of A, then per block of M, then per 16 columns of R, b and g."""
     acc: tl.constexpr = packed.dtype.element_ty
@@ -46,7 +46,7 @@ def fold(
     n_m: tl.constexpr = H * ne * no
     pid = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    scale = tl.cast(scale, acc)
+    scale = tl.full((1,), SCALE, acc)
     block = tl.zeros((BLOCK, BLOCK), acc)
     if pid < n_a:
         h = pid // (ne * ne)
@@ -58,7 +58,7 @@ def fold(
             key = load_block(w_k + h * E * E, d, k, i, i, E, E, E).to(acc)
             block = tl.dot(q_t, key, block, input_precision="ieee", out_dtype=acc)
             c += tl.sum(load_vector(b_q + h * E, d, i, E).to(acc)[:, None] * key, 0)
-        _store_block(packed + h * E, block * scale, e, k, i, i, H * E, E, E)
+        _store_block(packed + h * E, block * scale[:, None], e, k, i, i, H * E, E, E)
         if e == 0:
             _store_vector(packed + E * H * E + h * E, c * scale, k, i, E)
     elif pid < n_a + n_m:
@@ -104,10 +104,10 @@ def unfold(
     d_b_o,
     d_w_r,
     d_b_r,
-    scale,
     E: tl.constexpr,
     H: tl.constexpr,
     O: tl.constexpr,
+    SCALE: tl.constexpr,  # log2(e) / sqrt(E)
     WANTED: tl.constexpr,  # bit j: the j-th of the ten parameters
 ):
     """One program per block of dWq, then of dWk, dWv and dWo, then per 16 rows of dWr and its biases."""
@@ -118,7 +118,7 @@ def unfold(
     n_o: tl.constexpr = H * no * ne
     pid = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    scale = tl.cast(scale, acc)
+    scale = tl.full((1,), SCALE, acc)
     block = tl.zeros((BLOCK, BLOCK), acc)
     d_c = grad + E * H * E
     d_m = grad + (E + 1) * H * E
@@ -137,7 +137,7 @@ def unfold(
                 block = tl.dot(key, a_t, block, input_precision="ieee", out_dtype=acc)
                 b += tl.sum(key * load_vector(d_c + h * E, k, i, E)[None, :], 1)
             if WANTED & 1:
-                _store_block(d_w_q + h * E * E, block * scale, row, column, i, i, E, E, E)
+                _store_block(d_w_q + h * E * E, block * scale[:, None], row, column, i, i, E, E, E)
             if WANTED & 2:
                 if column == 0:
                     _store_vector(d_b_q + h * E, b * scale, row, i, E)
@@ -149,7 +149,7 @@ def unfold(
                 block = tl.dot(query, a, block, input_precision="ieee", out_dtype=acc)
             bias = load_vector(b_q + h * E, row, i, E).to(acc)
             block += bias[:, None] * load_vector(d_c + h * E, column, i, E)[None, :]
-            _store_block(d_w_k + h * E * E, block * scale, row, column, i, i, E, E, E)
+            _store_block(d_w_k + h * E * E, block * scale[:, None], row, column, i, i, E, E, E)
         if WANTED & 8:
             if column == 0:
                 _store_vector(d_b_k + h * E, tl.zeros((BLOCK,), acc), row, i, E)

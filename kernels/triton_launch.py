@@ -1,7 +1,7 @@
 """From the facts of a call to launches: pure functions, so that a launch can be compiled, counted and forced.
 
-Nothing is tuned behind the user's back. What the figures below rest on: warp-instructions and registers of the compiled
-kernels (sm_90, Triton 3.9), as `python -m pytest -m figures` prints them.
+Nothing is tuned behind the user's back. The choices rest on warp-instructions, registers and spills of the compiled
+kernels (sm_90, Triton 3.9), which tests/compiled holds to.
 """
 
 from __future__ import annotations
@@ -134,19 +134,19 @@ def _dots(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     return {"PRECISION": config.precision, "REORDER": config.precision != "ieee", "EXACT": exact}
 
 
-def _tail(n_fields: int, keys: int) -> int:
-    """The block that holds the rest of the keys: a power of two of at least 16."""
-    return max(BLOCK, 1 << (n_fields % keys - 1).bit_length()) if n_fields % keys else BLOCK
+def _key_blocks(n_fields: int, keys: int) -> dict[str, int]:
+    """Blocks of `keys` keys, and the rest in a last one: a power of two of at least 16, never none."""
+    rest = (n_fields - 1) % keys + 1
+    return {"KEYS": keys, "REST": rest, "TAIL": max(BLOCK, 1 << (rest - 1).bit_length())}
 
 
 def fold_launch(p: InteractingParameters, packed: Tensor, layout: Layout) -> Launch:
     """The ten parameters, contiguous, into `packed`."""
     h, e, o = layout
     ne, no = -(-e // BLOCK), -(-o // BLOCK)
-    args = (p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.w_o, p.b_o, p.w_r, p.b_r, packed, LOG2E / math.sqrt(e))
-    return Launch(
-        triton_fold.fold, (h * ne * (ne + no) + no,), args, {"E": e, "H": h, "O": o, "num_warps": 1}
-    )
+    args = (p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.w_o, p.b_o, p.w_r, p.b_r, packed)
+    options = {"E": e, "H": h, "O": o, "SCALE": LOG2E / math.sqrt(e), "num_warps": 1}
+    return Launch(triton_fold.fold, (h * ne * (ne + no) + no,), args, options)
 
 
 def unfold_launch(grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor | None], layout: Layout) -> Launch:
@@ -155,8 +155,8 @@ def unfold_launch(grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor
     ne, no = -(-e // BLOCK), -(-o // BLOCK)
     wanted = sum(1 << j for j, g in enumerate(grads) if g is not None)
     outputs = tuple(grad if g is None else g for g in grads)
-    args = (grad, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.w_o, *outputs, LOG2E / math.sqrt(e))
-    options = {"E": e, "H": h, "O": o, "WANTED": wanted, "num_warps": 1}
+    args = (grad, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.w_o, *outputs)
+    options = {"E": e, "H": h, "O": o, "SCALE": LOG2E / math.sqrt(e), "WANTED": wanted, "num_warps": 1}
     return Launch(triton_fold.unfold, (h * ne * (3 * ne + no) + no,), args, options)
 
 
@@ -175,7 +175,8 @@ def forward_launch(
         kernel = triton_resident.forward_resident
     else:
         tiles = batch * -(-fields // config.rows)
-        cut = {"ROWS": config.rows, "KEYS": config.keys, "TAIL": _tail(fields, config.keys)}
+        cut = {"ROWS": config.rows, **_key_blocks(fields, config.keys)}
+        args += (fields - cut["REST"],)
         kernel = triton_streaming.forward_streaming
     grid = (min(tiles, target.multiprocessors * config.programs_per_sm),)
     return Launch(kernel, grid, args, {**shape, **cut, **config.options(target)})
@@ -206,15 +207,15 @@ def backward_launch(
     h, e, o = layout
     batch, fields, _ = x.shape
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
+    blocks = _key_blocks(fields, config.keys)
     options = {
-        **{"F": fields, "E": e, "H": h, "O": o, "MASK": mask_kind, "PACK": config.pack},
-        **_dots(config, x.dtype),
+        **{"F": fields, "E": e, "H": h, "O": o, "MASK": mask_kind, "PACK": config.pack, "ROWS": config.rows},
+        **{**blocks, **_dots(config, x.dtype)},
         **{"NEED_INPUT": bool(needs & NEED_INPUT), **_needed_parts(needs)},
-        **{"ROWS": config.rows, "KEYS": config.keys, "TAIL": _tail(fields, config.keys)},
         **config.options(target),
     }
     args = (grad, x, packed, mask_tensor, out, d_x, partial, scratch, batch)
-    args += (*grad.stride(), *x.stride(), *mask_strides)
+    args += (*grad.stride(), *x.stride(), *mask_strides, fields - blocks["REST"])
     return Launch(triton_streaming.backward, (partial.shape[0],), args, options)
 
 

@@ -31,6 +31,12 @@ MASK_PAIRS = _constant(2)
 
 
 @triton.jit
+def _leading(t):
+    """fp32 t to its leading 11 bits, nearest up to a tenth of the last of them."""
+    return ((t * TF32_CENTRE).to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b. PRECISION: "ieee" (16-bit operands too), "tf32", or "tf32x3" for fp32's accuracy.
 
@@ -38,16 +44,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     it. "tf32" therefore scales operands up by a third of their last bit first, which centres the error: its RMS is
     within 6% of rounding's, for one multiplication that infinities and NaN survive.
 
-    "tf32x3" cuts each operand into its leading 19 bits and the exact rest and sums three TF32 products. Triton's own
+    "tf32x3" cuts each operand into its leading bits and the exact rest and sums three TF32 products. Triton's own
     spelling also tests for infinities, which the layer does not need: they spread as NaN either way.
     """
     if PRECISION == "tf32":
         return tl.dot(a * TF32_CENTRE, b * TF32_CENTRE, acc, input_precision="tf32", out_dtype=acc.dtype)
     elif PRECISION == "tf32x3":
-        a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
-        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
+        a_high = _leading(a)
+        b_high = _leading(b)
+        acc = tl.dot((a - a_high) * TF32_CENTRE, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
+        acc = tl.dot(a_high, (b - b_high) * TF32_CENTRE, acc, input_precision="tf32", out_dtype=acc.dtype)
         return tl.dot(a_high, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

@@ -118,8 +118,10 @@ def _load_keys(
 @triton.jit
 def _attend_keys(
     q,
+    d_z,  # chunks of E [R, 16] in a backward, else ()
     row_max,  # [R] so far
     row_sum,
+    delta,
     z,  # chunks of E [R, 16]
     first,
     rows,
@@ -157,12 +159,18 @@ def _attend_keys(
     for i in tl.static_range(len(z)):
         decayed = decayed + (z[i] * decay[:, None],)
     z = _weighted(as_operand(p.to(q[0].dtype), REORDER), values, decayed, PRECISION)
-    return new_max, row_sum * decay + tl.sum(p, 1), z
+    if len(d_z) > 0:
+        d_p = _scores(d_z, x_keys, tl.zeros((q[0].shape[0], KEYS), acc), PRECISION)
+        if PACK > 1:
+            d_p = tl.where(own_keys(rows, keys, F, PACK), d_p, 0.0)
+        delta = delta * decay + tl.sum(p * d_p, 1)
+    return new_max, row_sum * decay + tl.sum(p, 1), delta, z
 
 
 @triton.jit
 def _attend(
     q,
+    d_z,
     rows,
     x,
     mask,
@@ -174,9 +182,11 @@ def _attend(
     m_sb,
     m_sq,
     m_sk,
+    key_end,
     F: tl.constexpr,
     E: tl.constexpr,
     KEYS: tl.constexpr,
+    REST: tl.constexpr,
     TAIL: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
@@ -185,31 +195,33 @@ def _attend(
     EXACT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Over every key: what was subtracted from the scores, the rows' sums and their reciprocals [R], and z = P x.
+    """Over every key: what was subtracted from the scores, the rows' sums and their reciprocals, and, given dz,
+    delta = sum over keys of P dP [R]; and z = P x.
 
-    F is a multiple of KEYS and a rest of at most TAIL keys.
+    delta comes from the very dP that it is subtracted from, so a row with a single key has a gradient of exactly zero.
+    The last REST of the F keys, at least one, are in a block of TAIL, the others in blocks of KEYS.
     """
     n_rows: tl.constexpr = q[0].shape[0]
     row_max = tl.full((n_rows,), NEG_INF, ACC)
     row_sum = tl.zeros((n_rows,), ACC)
+    delta = tl.zeros((n_rows,), ACC)
     z = ()
     for _ in tl.static_range(len(q)):
         z = z + (tl.zeros((n_rows, BLOCK), ACC),)
-    for first in tl.range(0, F // KEYS * KEYS, KEYS):
-        row_max, row_sum, z = _attend_keys(
-            q, row_max, row_sum, z, first, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
+    for first in tl.range(0, key_end, KEYS):
+        row_max, row_sum, delta, z = _attend_keys(
+            q, d_z, row_max, row_sum, delta, z, first, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
             F, E, KEYS, True, PACK, MASK, PRECISION, REORDER,
         )  # fmt: skip
-    if F % KEYS != 0:
-        row_max, row_sum, z = _attend_keys(
-            q, row_max, row_sum, z, F // KEYS * KEYS, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq,
-            m_sk, F, E, TAIL, False, PACK, MASK, PRECISION, REORDER,
-        )  # fmt: skip
+    row_max, row_sum, delta, z = _attend_keys(
+        q, d_z, row_max, row_sum, delta, z, key_end, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq,
+        m_sk, F, E, TAIL, REST == TAIL, PACK, MASK, PRECISION, REORDER,
+    )  # fmt: skip
     scale = row_scale(row_sum, MASK, EXACT)
     scaled = ()
     for i in tl.static_range(len(z)):
         scaled = scaled + (z[i] * scale[:, None],)
-    return row_reference(row_max, MASK), row_sum, scale, scaled
+    return row_reference(row_max, MASK), row_sum, scale, delta * scale, scaled
 
 
 @triton.jit
@@ -225,6 +237,7 @@ def forward_streaming(
     m_sb,
     m_sq,
     m_sk,
+    key_end,  # F - REST: known at run time only, or the compiler unrolls short loops over keys, and spills
     F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
@@ -235,6 +248,7 @@ def forward_streaming(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    REST: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Each program walks over pairs of a sample and a block of ROWS rows."""
@@ -260,9 +274,9 @@ def forward_streaming(
         row_sum = tl.zeros((ROWS,), acc)
         for h in tl.range(H):
             q = _queries(x_rows, weights, h, E, H, PRECISION, REORDER)
-            _, row_sum, _, z = _attend(
-                q, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
-                F, E, KEYS, TAIL, 1, MASK, PRECISION, REORDER, EXACT, acc,
+            _, row_sum, _, _, z = _attend(
+                q, (), rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
+                F, E, KEYS, REST, TAIL, 1, MASK, PRECISION, REORDER, EXACT, acc,
             )  # fmt: skip
             values = weights + (E + 1) * H * E + h * E * O
             for e in tl.static_range(len(z)):
@@ -302,14 +316,15 @@ def _add_vector(pointer, vector, first, i, age, SIZE: tl.constexpr):
 
 @triton.jit
 def _load_output_gradient(
-    grad, out, rows, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr, PACK: tl.constexpr
-):
+    grad, out, rows, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr, PACK: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
     """dy = grad where the relu let it pass, as chunks of O [R, 16]. As in torch, a NaN lets it pass."""
     d_y = ()
     for o in tl.static_range(0, O, BLOCK):
         g = load_rows(grad, rows, o, tile, batch, d_sb, d_sf, d_so, F, O, PACK)
         y = load_rows(out, rows, o, tile, batch, F * O, O, 1, F, O, PACK)
-        d_y = d_y + (tl.where(y <= 0.0, 0.0, g).to(g.dtype),)
+        d_y = d_y + (tl.where(y.to(ACC) <= 0.0, 0.0, g).to(g.dtype),)
     return d_y
 
 
@@ -373,7 +388,7 @@ def _differentiate_keys(
     s = hide(s, ceiling, rows, keys, F, PACK, MASK)
     p = tl.exp2(s - reference[:, None]) * scale[:, None]
     d_p = _scores(d_z, x_keys, tl.zeros((n_rows, KEYS), acc), PRECISION)
-    d_s = p * (d_p - delta[:, None]) * LN2
+    d_s = p * (d_p - delta[:, None]) * tl.full((1, 1), LN2, acc)
     if PACK > 1:
         d_s = tl.where(own_keys(rows, keys, F, PACK), d_s, 0.0)
     d_q = _weighted(as_operand(d_s.to(dtype), REORDER), values, d_q, PRECISION)
@@ -407,6 +422,7 @@ def backward(
     m_sb,
     m_sq,
     m_sk,
+    key_end,
     F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
@@ -423,6 +439,7 @@ def backward(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    REST: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Each program walks over tiles: per head and block of rows, forward again, then back through it.
@@ -447,11 +464,22 @@ def backward(
                     age_of_head = t - pid + first_row
                     rows = first_row + tl.arange(0, ROWS)
                     x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-                    d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK)
+                    d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
                     q = _queries(x_rows, weights, h, E, H, PRECISION, REORDER)
-                    reference, row_sum, scale, z = _attend(
-                        q, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
-                        F, E, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, acc,
+                    m_h = (E + 1) * H * E + h * E * O
+                    d_z = ()
+                    if NEED_INPUT or NEED_SCORES:
+                        for e in tl.static_range(0, E, BLOCK):
+                            d_z_e = tl.zeros((ROWS, BLOCK), acc)
+                            for o in tl.static_range(len(d_y)):
+                                m_t = load_transposed(
+                                    weights + m_h, e, o * BLOCK, restoring(i, REORDER), i, O, E, O
+                                )
+                                d_z_e = dot(d_y[o], m_t.to(dtype), d_z_e, PRECISION)
+                            d_z = d_z + (as_operand(d_z_e.to(dtype), REORDER),)
+                    reference, _, scale, delta, z = _attend(
+                        q, d_z, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
+                        F, E, KEYS, REST, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, acc,
                     )  # fmt: skip
                     if PACK > 1:
                         spoilt = ()
@@ -461,7 +489,6 @@ def backward(
                         for e in tl.static_range(len(z)):
                             spoilt = spoilt + (z[e] + bad[:, None],)
                         z = spoilt
-                    m_h = (E + 1) * H * E + h * E * O
                     if NEED_VALUES:
                         for e in tl.static_range(len(z)):
                             z_t = tl.trans(z[e].to(dtype))
@@ -471,37 +498,24 @@ def backward(
                                     partial + m_h, d_m, e * BLOCK, o * BLOCK, i, i, O, age_of_head, E, O
                                 )
                     if NEED_INPUT or NEED_SCORES:
-                        d_z = ()
                         d_z_right = ()
                         q_right = ()
                         d_q = ()
-                        delta = tl.zeros((ROWS, BLOCK), acc)
-                        for e in tl.static_range(len(z)):
-                            columns = restoring(i, REORDER)
-                            d_z_e = tl.zeros((ROWS, BLOCK), acc)
-                            for o in tl.static_range(len(d_y)):
-                                m_t = load_transposed(weights + m_h, e * BLOCK, o * BLOCK, columns, i, O, E, O)
-                                d_z_e = dot(d_y[o], m_t.to(dtype), d_z_e, PRECISION)
-                            d_z_e = as_operand(d_z_e, REORDER)
-                            delta += d_z_e * z[e]
-                            d_z_e = d_z_e.to(dtype)
-                            d_z = d_z + (d_z_e,)
-                            d_z_right = d_z_right + (finite(d_z_e, PACK, acc),)
+                        for e in tl.static_range(len(q)):
+                            d_z_right = d_z_right + (finite(d_z[e], PACK, acc),)
                             q_right = q_right + (finite(q[e], PACK, acc),)
                             d_q = d_q + (tl.zeros((ROWS, BLOCK), acc),)
-                        delta_rows = tl.sum(delta, 1)
-                        for first in tl.range(0, F // KEYS * KEYS, KEYS):
+                        for first in tl.range(0, key_end, KEYS):
                             d_q = _differentiate_keys(
-                                q, q_right, d_z, d_z_right, d_q, reference, scale, delta_rows, first, rows,
+                                q, q_right, d_z, d_z_right, d_q, reference, scale, delta, first, rows,
                                 age, scratch, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
                                 F, E, KEYS, True, PACK, MASK, NEED_INPUT, PRECISION, REORDER,
                             )  # fmt: skip
-                        if F % KEYS != 0:
-                            d_q = _differentiate_keys(
-                                q, q_right, d_z, d_z_right, d_q, reference, scale, delta_rows, F // KEYS * KEYS, rows,
-                                age, scratch, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
-                                F, E, TAIL, False, PACK, MASK, NEED_INPUT, PRECISION, REORDER,
-                            )  # fmt: skip
+                        d_q = _differentiate_keys(
+                            q, q_right, d_z, d_z_right, d_q, reference, scale, delta, key_end, rows,
+                            age, scratch, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
+                            F, E, TAIL, REST == TAIL, PACK, MASK, NEED_INPUT, PRECISION, REORDER,
+                        )  # fmt: skip
                         if NEED_INPUT:
                             tl.debug_barrier()
                             for e in tl.static_range(len(d_q)):
@@ -516,6 +530,8 @@ def backward(
                                 _add_block(scratch, d_x_e, 0, e * BLOCK, rows, i, E, 1, tile_rows, E)
                             tl.debug_barrier()
                         if NEED_SCORES:
+                            # Loaded again rather than kept over the loops: registers are what is short.
+                            x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                             for j in tl.static_range(len(d_q)):
                                 _add_vector(
                                     partial + E * H * E + h * E, tl.sum(d_q[j], 0), j * BLOCK, i, age_of_head, E
@@ -531,7 +547,7 @@ def backward(
         for first_row in tl.range(0, tile_rows, ROWS):
             age = t - pid + first_row
             rows = first_row + tl.arange(0, ROWS)
-            d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK)
+            d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
             x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
             for o in tl.static_range(len(d_y)):
                 if NEED_BIAS:

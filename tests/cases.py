@@ -55,7 +55,7 @@ ODD = (
 
 
 def draw_problem(shape: Shape, dtype: torch.dtype = torch.float32, mask: Tensor | None = None) -> Problem:
-    """A layer away from its initial values (biases count too) and an input; every number is one of `dtype`."""
+    """A layer away from its initial values (biases count too) and an input; all numbers are of `dtype`."""
     b, f, e, h = shape
 
     def draw(*size: int, scale: float) -> Tensor:
@@ -77,7 +77,7 @@ def draw_problem(shape: Shape, dtype: torch.dtype = torch.float32, mask: Tensor 
     return Problem(draw(b, f, e, scale=1.0), p, h, mask)
 
 
-# --- masks: every form that broadcasts to (B, F, F) ---------------------------------------------------------------
+# --- masks: every form that broadcasts to (B, F, F) -------------------------------------------------------
 
 MASK_SIZES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "(F,)": lambda b, f: (f,),
@@ -98,7 +98,7 @@ MASK_SIZES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
 
 
 def draw_mask(form: str, b: int, f: int) -> Tensor:
-    """A mask of one of the `MASK_SIZES`, True = hidden; the larger ones hide some rows and a whole sample fully."""
+    """A mask of one of the `MASK_SIZES`, True = hidden; larger ones hide some rows and a whole sample."""
     mask = torch.rand(MASK_SIZES[form](b, f)) < 0.4
     if mask.ndim == 3 and mask.shape[0] > 2:
         mask[1] = True
@@ -109,8 +109,8 @@ def draw_mask(form: str, b: int, f: int) -> Tensor:
     return mask
 
 
-# --- strides ------------------------------------------------------------------------------------------------------
-# Each takes a contiguous (B, F, N) tensor and gives one of the same shape, with the same values unless it overlaps.
+# --- strides ----------------------------------------------------------------------------------------------
+# Each takes a contiguous (B, F, N) tensor and gives one of its shape, and of its values unless it overlaps.
 
 
 def as_columns(t: Tensor) -> Tensor:
@@ -178,7 +178,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "misaligned": misaligned,
     "piece_of_cat": piece_of_cat,
     "one_sample_for_all": one_sample_for_all,
-    "one_field_for_all": one_field_for_all,
 }
-# The gradient of sums has strides of zero.
-GRAD_LAYOUTS = {**LAYOUTS, "sum": one_number_for_all}
+# Strides of zero for gradients only, where sums make them: with such an input, attention has nothing to do.
+GRAD_LAYOUTS = {**LAYOUTS, "one_field_for_all": one_field_for_all, "sum": one_number_for_all}

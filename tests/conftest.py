@@ -1,4 +1,4 @@
-"""What all tests share: which folders need a process of their own, memory that shows what was never written, seeds."""
+"""What all tests share: folders with a process of their own, memory that shows what was not written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 pytest.register_assert_rewrite("tests.numerics", "tests.suite")
 
-# The interpreter is switched on before the first kernel is decorated, and a process that interprets cannot compile.
-# test_processes.py runs these folders; naming one on the command line runs it too.
+# The interpreter is switched on before the first kernel is decorated, and a process that interprets cannot
+# compile. test_processes.py runs these folders; naming one on the command line runs it too.
 collect_ignore = ["interpreted", "compiled"]
 
 # Tests are small: beside another process on the same cores, OpenMP threads would mostly spin for one another.

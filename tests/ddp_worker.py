@@ -1,4 +1,4 @@
-"""One of the processes of test_parallel.py: trains two steps under DistributedDataParallel and saves what came out."""
+"""One of the processes of test_parallel.py: two steps under DistributedDataParallel, and what came out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(rank: int, world: int, store: str, result: str) -> None:
         InteractingLayer(1, 8, backend="torch", dtype=torch.float64),
     )
     x = torch.randn(world * 4, 5, 8, dtype=torch.float64)[rank * 4 : (rank + 1) * 4]
-    # Without find_unused_parameters: a parameter without a gradient, such as a key bias nobody thought of, would hang.
+    # Without find_unused_parameters, a parameter that gets no gradient, such as a key bias, would raise.
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
     for _ in range(2):

@@ -5,8 +5,8 @@ It also ignores `input_precision`. After `install()`:
 
 - casts to bf16 round to nearest even, as the GPU does;
 - `tl.dot` multiplies bf16 and fp16 operands in fp32 and accumulates there; fp64 stays fp64;
-- a dot of fp32 operands with `input_precision="tf32"` first rounds them to 10 mantissa bits, to nearest, ties
-  away from zero, like PTX's `cvt.rna.tf32.f32`; "ieee" and "tf32x3" multiply them as they are;
+- a dot of fp32 operands with `input_precision="tf32"` first cuts them off after 10 mantissa bits, as the tensor
+  core does (Triton hands it the raw bits); "ieee" and "tf32x3" multiply them as they are;
 - any other bf16 arithmetic raises; loads, stores, `where` and changes of shape only move the bits, and work.
 
 All of it patches private classes, so `install()` first checks that they are as in Triton 3.3 to 3.9.
@@ -125,10 +125,10 @@ def _narrow(data: np.ndarray) -> np.ndarray:
     return single.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
-def _round_to_tf32(data: np.ndarray) -> np.ndarray:
-    """fp32 numbers rounded to 10 mantissa bits, to nearest, ties away from zero."""
-    rounded = (data.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
-    return np.where(np.isfinite(data), rounded.view(np.float32), data)
+def _cut_to_tf32(data: np.ndarray) -> np.ndarray:
+    """fp32 numbers without the last 13 of their 23 mantissa bits."""
+    cut = data.view(np.uint32) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(data), cut.view(np.float32), data)
 
 
 def _cast(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
@@ -168,7 +168,7 @@ def _honest_dot(original: Callable[..., TensorHandle]) -> Callable[..., TensorHa
             return original(self, a, b, d, input_precision, max_num_imprecise_acc)
         left, right = _widen(a).astype(np.float32), _widen(b).astype(np.float32)
         if a.dtype.scalar == tl.float32 and input_precision == interpreter._ir.INPUT_PRECISION.TF32:
-            left, right = _round_to_tf32(left), _round_to_tf32(right)
+            left, right = _cut_to_tf32(left), _cut_to_tf32(right)
         return TensorHandle((np.matmul(left, right) + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     return create_dot

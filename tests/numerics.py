@@ -1,9 +1,9 @@
 """The numerical rule every engine is held to.
 
-Truth is the layer's formula in float64, from the very numbers (weights, inputs, gradients) that the others get; plain
-is the einsum layer in the dtype under test. Ours may err twice as much as plain, plus one rounding unit of the largest
-true value, in the maximum and in the root mean square, for the output and for every gradient. fp64 has no better
-truth: there ours agrees to 1e-12 of the largest value.
+Truth is the layer's formula in float64, from the very numbers (weights, inputs, gradients) that the others
+get; plain is the einsum layer in the dtype under test. Ours may err twice as much as plain, plus one rounding
+unit of the largest true value, in the maximum and in the root mean square, for the output and for every
+gradient. fp64 has no better truth: there ours agrees to 1e-12 of the largest value.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def assert_close_to_truth(
     unit: torch.dtype | None = None,
     maximum: bool = True,
 ) -> None:
-    """The rule for one tensor; `unit` names the dtype whose rounding unit is the floor, if it is not ours's own."""
+    """The rule for one tensor; `unit`: the dtype whose rounding unit is the floor, if not that of `ours`."""
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     dtype = unit or ours.dtype
     scale = truth.abs().max().item() if truth.numel() else 0.0
@@ -137,8 +137,8 @@ def work(
 ) -> Draw:
     """Truth, `plain` and `forward` on one problem, forward and backward.
 
-    The gradient of the output is drawn, then set to zero where the signs of the three outputs disagree: a relu that
-    flips near zero changes a gradient by whole units in correct code. `lay_out` gives it its strides.
+    The gradient of the output is drawn, then set to zero where the signs of the three outputs disagree: a
+    relu that flips near zero changes a gradient by whole units in correct code. `lay_out` gives its strides.
     """
     exact, exact_leaves = start(einsum, problem.to(torch.float64))
     with around_plain():
@@ -190,9 +190,9 @@ def assert_rule(
     maximum: bool = True,
     **how: Any,
 ) -> list[Run]:
-    """`work` (with `how`) and `judge`: holds `forward` to the rule on `problems` of one shape; gives its results.
+    """`work` (with `how`) and `judge`: holds `forward` to the rule on problems of one shape; gives its runs.
 
-    `unit`: the dtype of the floor where it is not the results' own; `maximum`: whether the largest error counts.
+    `unit`: the dtype of the floor, if not the output's own; `maximum`: whether the largest error counts.
     """
     draws = [work(forward, problem, **how) for problem in problems]
     judge(draws, unit=unit, maximum=maximum)

@@ -47,7 +47,7 @@ def compiled_forward(backend: str, compiler: str) -> Callable[..., Tensor]:
     return forward
 
 
-# --- torch.compile --------------------------------------------------------------------------------------------
+# --- torch.compile ----------------------------------------------------------------------------------------
 
 
 def test_inductor() -> None:
@@ -230,7 +230,7 @@ def test_second_order_through_compiled_code_is_refused() -> None:
         grad.square().sum().backward()
 
 
-# --- torch.export ------------------------------------------------------------------------------------------------
+# --- torch.export -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
@@ -273,7 +273,7 @@ def test_exported_for_training_has_gradients() -> None:
         torch.testing.assert_close(got[name].grad, p.grad, rtol=0, atol=1e-11, msg=name)
 
 
-# --- operators, fakes, symbolic shapes ---------------------------------------------------------------------------
+# --- operators, fakes, symbolic shapes --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])

@@ -63,7 +63,7 @@ def test_a_named_engine_is_used_or_raises_with_every_reason(engines: dict[str, S
 
 
 def test_choice_is_pure() -> None:
-    """The same call gives the same choice; the batch is not part of it, so that compiled code keeps it dynamic."""
+    """The same call gives the same choice; the batch is not part of it, so compiled code keeps it dynamic."""
     assert all(dispatch.choose("auto", call()) == dispatch.choose("auto", call()) for _ in range(3))
     one, two = (dispatch.describe_call(torch.empty(b, 39, 16), torch.float32, LAYOUT) for b in (2, 4096))
     assert one == two and hash(one) == hash(two)

@@ -1,4 +1,4 @@
-"""Every bad argument: one error that names the argument, what was expected and what came; nothing half-changed."""
+"""Every bad argument: one error that names it, what was expected and what came; nothing half-changed."""
 
 from __future__ import annotations
 

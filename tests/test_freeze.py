@@ -130,7 +130,7 @@ def test_folding_is_skipped() -> None:
     assert counts[0] - counts[1] >= (sum(layout.sizes[:3])) * 8 - layout.sizes[1] * 8
 
 
-# --- what carries the frozen state ----------------------------------------------------------------------------
+# --- what carries the frozen state ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -198,7 +198,7 @@ def test_eval_keeps_it(call: Callable[[nn.Module], nn.Module]) -> None:
     assert is_frozen(layer)
 
 
-# --- what drops it ---------------------------------------------------------------------------------------------
+# --- what drops it ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
@@ -256,7 +256,7 @@ def test_training_after_serving() -> None:
     assert_current(layer)
 
 
-# --- together with the rest ---------------------------------------------------------------------------------------
+# --- together with the rest -------------------------------------------------------------------------------
 
 
 def test_with_parametrized_weights() -> None:

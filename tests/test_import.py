@@ -20,9 +20,9 @@ def python(code: str) -> str:
 
 def test_import_adds_at_most_a_tenth_of_a_second() -> None:
     """Beyond torch's own import; the best of several, because other processes only ever add."""
-    code = "import time, torch; start = time.perf_counter(); import autoint_fast; print(time.perf_counter() - start)"
+    code = "import time, torch; t = time.perf_counter(); import autoint_fast; print(time.perf_counter() - t)"
     times: list[float] = []
-    while len(times) < 8 and min(times, default=1.0) > 0.1:
+    while len(times) < 5 and min(times, default=1.0) > 0.1:
         times.append(float(python(code)))
     assert min(times) <= 0.1, f"{min(times) * 1000:.0f} ms at best, of {len(times)} imports"
 
@@ -33,8 +33,7 @@ def test_import_touches_neither_triton_nor_a_gpu() -> None:
         "before = {name.partition('.')[0] for name in sys.modules}\n"
         "import autoint_fast\n"
         "new = {name.partition('.')[0] for name in sys.modules} - before\n"
-        "print(sorted(new & {'triton', 'numba', 'cupy'}), torch.cuda.is_initialized(), torch._C._cuda_isInBadFork()"
-        " if hasattr(torch._C, '_cuda_isInBadFork') else False, 'torch._dynamo' in sys.modules)"
+        "print('triton' in new, torch.cuda.is_initialized(), 'torch._dynamo' in sys.modules)"
     )
     without = python(code.replace("import autoint_fast\n", "", 1))
     assert python(code) == without

@@ -224,7 +224,7 @@ def test_default_dtype_and_device_keywords() -> None:
     assert layer(torch.randn(2, 3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-# --- inputs -------------------------------------------------------------------------------------------------
+# --- inputs -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -294,7 +294,7 @@ def test_plain_tensor_subclass() -> None:
         torch.testing.assert_close(grads[name], p.grad, msg=name)
 
 
-# --- never stale ----------------------------------------------------------------------------------------------
+# --- never stale ------------------------------------------------------------------------------------------
 
 
 def _step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -389,7 +389,7 @@ def test_averaged_model() -> None:
         assert_current(average.module)
 
 
-# --- weights that are not plain parameters --------------------------------------------------------------------
+# --- weights that are not plain parameters ----------------------------------------------------------------
 
 
 def _grads(layer: nn.Module, x: Tensor, out: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -402,7 +402,7 @@ def _grads(layer: nn.Module, x: Tensor, out: Tensor, grad: Tensor) -> dict[str, 
 
 
 def assert_as_reference(layer: InteractingLayer, mask: Tensor | None = None) -> None:
-    """Output and gradients of every leaf behind the layer's weights, against autograd through the definition."""
+    """Output and gradients of every leaf behind the weights, against autograd through the definition."""
     x = torch.randn(3, 5, layer.emb_size, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(3, 5, layer.emb_size, dtype=torch.float64)
     ours = layer(x, mask)
@@ -498,7 +498,7 @@ def _spectral_norm(layer: InteractingLayer) -> Tensor:
 def test_weights_that_a_hook_computes(rewrite: Callable[[InteractingLayer], Tensor]) -> None:
     """Pruning and hook-based norms compute a weight in a hook of the projection's own forward.
 
-    The layer never calls that forward, so such a weight must be refused, or brought up to date, but never stale.
+    The layer never calls that forward, so such a weight is refused, or brought up to date, but never stale.
     """
     layer = InteractingLayer(2, 8).eval()
     original = rewrite(layer)
@@ -562,7 +562,7 @@ def test_hooks_on_the_layer() -> None:
     assert seen == ["before", "after", "backward"]
 
 
-# --- return_attention -------------------------------------------------------------------------------------------
+# --- return_attention -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", [None, "(B,1,F)", "(B,F,F)", "(F,F)"])
@@ -604,7 +604,7 @@ def test_attention_costs_nothing_unless_asked_for() -> None:
     assert counts[1] >= counts[0] + 4 * 9 * 2 * 8 * (2 * 8 + 9)
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

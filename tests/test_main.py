@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def test_as_a_module() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("versions\n")
+
+
+def test_reader_that_stops_early() -> None:
+    """As `python -m autoint_fast | head -1` may."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "autoint_fast"]
+    run = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (1, "")
 
 
 def test_info_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:

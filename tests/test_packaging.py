@@ -141,28 +141,29 @@ def test_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -
 
 # --- installs ---------------------------------------------------------------------------------------------
 
-INSTALLS = ("regular", "editable", "strict", "none")
-
-# Prints what an import finds and whether the layer runs there.
+# Prints what imports find and whether the layer and the command run there.
 PROBE = """
-import json
+import contextlib, io, json
 import torch
 import autoint_fast
-import autoint_fast.kernels
+from autoint_fast.__main__ import main
 from autoint_fast.kernels import torch_engine
 
-x = torch.randn(3, 4, 8, requires_grad=True)
-autoint_fast.InteractingLayer(2, 8, backend="torch")(x).sum().backward()
 try:
     import kernels
-    other = f"{kernels.__name__} from {kernels.__file__}"
+    other = kernels.__file__
 except ImportError as error:
     other = str(error)
+x = torch.randn(3, 4, 8, requires_grad=True)
+autoint_fast.InteractingLayer(2, 8, backend="torch")(x).sum().backward()
+with contextlib.redirect_stdout(io.StringIO()) as report:
+    status = main([])
 print(json.dumps({
     "package": autoint_fast.__file__,
     "kernels": torch_engine.__file__,
     "other": other,
     "gradient": x.grad.isfinite().all().item(),
+    "report": report.getvalue() if status == 0 else "",
 }))
 """
 
@@ -183,7 +184,7 @@ def site_packages(python: Path) -> Path:
 
 
 class Installed:
-    """An environment and the sources it was made from."""
+    """An environment with one kind of install, and the sources it was made from."""
 
     def __init__(self, kind: str, folder: Path, wheel: Path) -> None:
         self.kind = kind
@@ -191,97 +192,56 @@ class Installed:
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
         self.python = make_environment(folder / "venv")
-        if kind != "none":
-            self.install(wheel)
-
-    def install(self, wheel: Path) -> None:
         pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "--no-deps", "--quiet"]
-        pip.append("--no-build-isolation")
-        if self.kind == "regular":
+        editable = ["--no-build-isolation", "--editable", self.sources]
+        if kind == "regular":
             run([*pip, wheel], cwd=self.elsewhere)
-        else:
-            mode = ["--config-settings", "editable_mode=strict"] if self.kind == "strict" else []
-            run([*pip, *mode, "--editable", self.sources], cwd=self.elsewhere)
+        elif kind == "editable":
+            run([*pip, *editable], cwd=self.elsewhere)
+        elif kind == "strict":
+            run([*pip, "--config-settings", "editable_mode=strict", *editable], cwd=self.elsewhere)
+        self.their_kernels = site_packages(self.python) / "kernels" / "__init__.py"
+        self.their_kernels.parent.mkdir()
+        self.their_kernels.touch()
 
-    def probe(self, cwd: Path) -> dict[str, str | bool]:
-        answer: dict[str, str | bool] = json.loads(run([self.python, "-c", PROBE], cwd=cwd))
+    def probe(self, cwd: Path) -> dict[str, str]:
+        answer: dict[str, str] = json.loads(run([self.python, "-c", PROBE], cwd=cwd))
         assert answer["gradient"] is True
+        assert (
+            f"autoint_fast {autoint_fast.__version__} ({Path(answer['package']).parent})" in answer["report"]
+        )
         return answer
 
 
-@pytest.fixture(scope="module", params=INSTALLS)
+@pytest.fixture(scope="module")
 def installed(
     request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Installed:
     return Installed(request.param, tmp_path_factory.mktemp(request.param), wheel)
 
 
+@pytest.mark.parametrize("installed", ["regular", "editable", "strict", "none"], indirect=True)
 def test_from_the_root_of_the_repository(installed: Installed) -> None:
-    """The root's own folders count there, and the engines are found beside the package or in it."""
+    """The root's own folders count there, and the engines are found whatever is installed."""
     answer = installed.probe(installed.sources)
-    assert Path(str(answer["package"])).parent == installed.sources / "autoint_fast"
-    assert Path(str(answer["kernels"])).parent == installed.sources / "kernels"
-    assert "imported as 'kernels'" in str(answer["other"])
-    assert "use `import autoint_fast.kernels`" in str(answer["other"])
+    assert Path(answer["package"]).parent == installed.sources / "autoint_fast"
+    assert Path(answer["kernels"]).parent == installed.sources / "kernels"
+    assert "imported as 'kernels'" in answer["other"]
+    assert "use `import autoint_fast.kernels`" in answer["other"]
 
 
+@pytest.mark.parametrize("installed", ["regular", "editable", "strict"], indirect=True)
 def test_from_elsewhere(installed: Installed) -> None:
-    if installed.kind == "none":
-        command = [installed.python, "-c", "import importlib.util as u; print(u.find_spec('autoint_fast'))"]
-        # Borrowed packages may hold a regular install of this one.
-        assert "sources" not in run(command, cwd=installed.elsewhere)
-        return
+    """An install is found, and somebody else's package `kernels` beside it."""
     answer = installed.probe(installed.elsewhere)
-    assert answer["other"] == "No module named 'kernels'"
-    package, kernels = Path(str(answer["package"])).parent, Path(str(answer["kernels"])).parent
+    assert answer["other"] == str(installed.their_kernels)
+    package, kernels = Path(answer["package"]).parent, Path(answer["kernels"]).parent
     if installed.kind == "editable":
         assert (package, kernels) == (installed.sources / "autoint_fast", installed.sources / "kernels")
     else:
         assert kernels == package / "kernels"
     if installed.kind == "regular":
         assert package == site_packages(installed.python) / "autoint_fast"
-
-
-def test_other_peoples_kernels(installed: Installed) -> None:
-    """Somebody else's package `kernels` stays importable beside this one."""
-    if installed.kind == "none":
-        pytest.skip("nothing is installed")
-    theirs = site_packages(installed.python) / "kernels"
-    theirs.mkdir()
-    (theirs / "__init__.py").touch()
-    try:
-        answer = installed.probe(installed.elsewhere)
-    finally:
-        shutil.rmtree(theirs)
-    assert answer["other"] == f"kernels from {theirs / '__init__.py'}"
-
-
-def test_command_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
-    regular = Installed("regular", tmp_path, wheel)
-    for cwd in (regular.elsewhere, regular.sources):
-        report = run([regular.python, "-m", "autoint_fast"], cwd=cwd)
-        assert f"autoint_fast {autoint_fast.__version__}" in report
-
-
-# --- the import -------------------------------------------------------------------------------------------
-
-IMPORT = """
-import sys, time
-import torch
-before = set(sys.modules)
-start = time.process_time()
-import autoint_fast
-seconds = time.process_time() - start
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-assert new <= {"autoint_fast", "einops"}, new
-assert not torch.cuda.is_initialized()
-print(seconds)
-"""
-
-
-def test_import_is_light() -> None:
-    """At most 100 ms beside torch's own, and neither triton nor a GPU is touched."""
-    assert float(run([sys.executable, "-c", IMPORT], cwd=ROOT)) <= 0.1
 
 
 # --- the repository ---------------------------------------------------------------------------------------

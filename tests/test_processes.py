@@ -1,5 +1,5 @@
-"""Tests that need a process of their own: Triton's interpreter is on or off for a whole process, and a process
-that interprets cannot compile."""
+"""Tests that need a process of their own: Triton's interpreter is on or off for a whole process, and one that
+interprets cannot compile."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def draw_x(*size: int) -> Tensor:
     return torch.randn(*(size or (3, 5, 4)), dtype=torch.float64)
 
 
-# --- torch.func ---------------------------------------------------------------------------------------------
+# --- torch.func -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -137,7 +137,7 @@ def test_why_inside_a_transform() -> None:
     )
 
 
-# --- gradients of gradients, gradients in bulk, forward mode ------------------------------------------------------
+# --- gradients of gradients, gradients in bulk, forward mode ----------------------------------------------
 
 
 def test_second_order_of_a_frozen_layer_is_refused() -> None:
@@ -201,7 +201,7 @@ def test_forward_mode_is_right_or_refused(tangent_of: str, needs_grad: bool) -> 
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
 
 
-# --- checkpointing and modes --------------------------------------------------------------------------------------
+# --- checkpointing and modes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -169,16 +169,16 @@ def test_ieee_dot_is_fp32_and_tf32_dot_is_not() -> None:
 
 
 @pytest.mark.parametrize("operand", ["left", "right"])
-def test_tf32_rounds_each_operand_to_ten_mantissa_bits(operand: str) -> None:
+def test_tf32_cuts_each_operand_after_ten_mantissa_bits(operand: str) -> None:
     ulp = 2.0**-10
     pairs = [
         (1 + 0.49 * ulp, 1.0),
-        (1 + 0.51 * ulp, 1 + ulp),
-        (1 + 0.5 * ulp, 1 + ulp),  # a tie goes away from zero
-        (1 + 1.5 * ulp, 1 + 2 * ulp),
-        (-1 - 0.5 * ulp, -1 - ulp),
-        (2 - 0.25 * ulp, 2.0),  # into the next binade
-        (2.0**-120 * (1 + 0.6 * ulp), 2.0**-120 * (1 + ulp)),
+        (1 + 0.99 * ulp, 1.0),
+        (1 + ulp, 1 + ulp),
+        (1 + 1.5 * ulp, 1 + ulp),
+        (-1 - 0.5 * ulp, -1.0),  # towards zero
+        (2 - 0.25 * ulp, 2 - ulp),
+        (2.0**-120 * (1 + 1.6 * ulp), 2.0**-120 * (1 + ulp)),
         (0.0, 0.0),
     ]
     eye = torch.eye(N)

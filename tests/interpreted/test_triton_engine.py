@@ -1,4 +1,4 @@
-"""The Triton kernels through the shared suite, at shapes an interpreter gets through: about 5 ms per program."""
+"""The Triton kernels through the shared suite, at shapes for an interpreter: it takes 5 ms per program."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class TestTritonEngine(EngineSuite):
     )
     mask_shapes = (Shape(4, 6, 8, 2), Shape(2, 39, 16, 1), Shape(3, 1, 5, 3))
     large_shape = Shape(12, 39, 16, 1)
+    extreme_shape = Shape(2, 13, 16, 2)
 
     @contextlib.contextmanager
     def emulated_tf32(self) -> Iterator[None]:
