@@ -56,6 +56,8 @@ def peak_extra_cpu(prepare: Callable[..., Callable[[], object]], *args: Any, thr
         raise NotMeasured(f"its process ended with status {child.exitcode}, likely out of memory") from None
     finally:
         receiver.close()
+        # Time to clean up after itself, for one that is done.
+        child.join(timeout=5)
         child.kill()
         child.join()
     if isinstance(answer, str):

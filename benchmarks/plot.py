@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from .cases import MODES
+from .cases import MODES, SHAPES
 from .contestants import CONTESTANTS
 from .report import ResultsError, read_csv
 
@@ -52,12 +52,16 @@ def _draw(rows: Sequence[ResultRow], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = list(dict.fromkeys(_shape(row) for row in rows))
+    known = list(SHAPES)
+    by_table = sorted(
+        rows, key=lambda row: known.index(row["shape"]) if row["shape"] in known else len(known)
+    )
+    shapes = list(dict.fromkeys(_shape(row) for row in by_table))
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     names = _ordered({row["contestant"] for row in rows})
     # By its place among all, so that a contestant keeps its colour from picture to picture.
-    colours = pyplot.get_cmap("tab20")
-    colour = {name: colours(i % 20) for i, name in enumerate(_ordered({*names, *CONTESTANTS}))}
+    everybody = enumerate(_ordered({*names, *CONTESTANTS}))
+    colour = {name: pyplot.get_cmap("Set1" if _is_ours(name) else "Set2")(i % 8) for i, name in everybody}
     size = (1.5 + 3.2 * len(shapes), 1.0 + 3.0 * len(modes))
     figure, axes = pyplot.subplots(len(modes), len(shapes), figsize=size, squeeze=False, layout="constrained")
     handles = {}
@@ -67,11 +71,13 @@ def _draw(rows: Sequence[ResultRow], target: Path) -> None:
                 batch, middle, low, high = _line(rows, mode, shape, name)
                 if not batch:
                     continue
-                line, width = ("-", 2.2) if name.startswith("ours") else ("--", 1.2)
+                line, width = ("-", 2.2) if _is_ours(name) else ("--", 1.2)
                 style = {"color": colour[name], "linewidth": width, "marker": "o", "markersize": 4}
                 (handles[name],) = panel.plot(batch, middle, line, **style)
                 panel.fill_between(batch, low, high, color=colour[name], alpha=0.15, linewidth=0)
             panel.set_xscale("log", base=2)
+            panel.set_xticks(sorted({int(row["batch"]) for row in rows if _shape(row) == shape}))
+            panel.xaxis.set_major_formatter("{x:,.0f}")
             panel.set_yscale("log")
             panel.set_title(f"{shape}, {mode}", fontsize=9)
             panel.grid(alpha=0.3, which="both")
@@ -100,6 +106,10 @@ def _line(
         [b / float(points[b][column]) * 1e3 for b in batch] for column in ("p50_ms", "p80_ms", "p20_ms")
     )
     return batch, *speeds  # type: ignore[return-value]
+
+
+def _is_ours(name: str) -> bool:
+    return name in CONTESTANTS and CONTESTANTS[name].ours
 
 
 def _shape(row: ResultRow) -> str:

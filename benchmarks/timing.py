@@ -112,7 +112,7 @@ def race(
             for name in names[first:] + names[:first]:
                 samples[name].append(clock(steps[name], calls[name]))
             elapsed = time.perf_counter() - start
-            progress((turn + 1) / rounds if rounds else min(1.0, elapsed / seconds))
+            progress((turn + 1) / rounds if rounds else min(1.0, elapsed / max(seconds, 1e-9)))
             if not rounds and elapsed >= seconds and turn + 1 >= LEAST_ROUNDS:
                 break
     finally:

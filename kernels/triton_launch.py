@@ -57,7 +57,7 @@ class Target:
 class Config:
     """How a kernel is cut to a shape.
 
-    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or "tf32x3" for fp32's own accuracy.
+    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or "tf32x4" for fp32's own accuracy.
     resident: a tile's x stays on chip (forward only), else keys are streamed.
     pack: samples that share a tile.
     unroll, hoist: resident kernels: row blocks unrolled, heads' weights kept in registers.
@@ -95,21 +95,21 @@ def dot_precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
     """The precision of the dots: fp32 uses TF32 only where torch's own matmuls may."""
     if dtype != torch.float32 or target.backend == "hip":
         return "ieee"
-    return "tf32" if allow_tf32 else "tf32x3"
+    return "tf32" if allow_tf32 else "tf32x4"
 
 
 def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
     """The forward's cut. Resident up to 64 fields of up to 16 columns; wider or longer is streamed."""
     fp32 = precision != "ieee"
     if n_fields <= 4 * BLOCK and max(layout.emb_size, layout.out_size) <= BLOCK:
-        pressed = fp32 and (n_fields > 3 * BLOCK or mask_kind != MASK_NONE)
+        pressed = fp32 and (n_fields > (3 if precision == "tf32" else 2) * BLOCK or mask_kind != MASK_NONE)
         return Config(
             precision,
             resident=True,
             pack=packed_samples(n_fields),
             unroll=not fp32 or n_fields <= BLOCK,
             hoist=layout.n_head <= 4 and not pressed,
-            maxnreg=255 if precision == "tf32" and not pressed else None,
+            maxnreg=255 if precision == "tf32" else None,
         )
     wide = max(layout.emb_size, layout.out_size) > 2 * BLOCK
     rows = 2 * BLOCK if not wide and layout.emb_size <= BLOCK else BLOCK
@@ -117,8 +117,9 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
 
 
 def backward_config(n_fields: int, precision: str) -> Config:
-    """The backward's cut: blocks of 16 by 16 leave room for every accumulator without spilling."""
-    return Config(precision, pack=packed_samples(n_fields), programs_per_sm=8)
+    """The backward's cut: with 16 rows there is room for every accumulator without spilling."""
+    keys = 2 * BLOCK if precision == "tf32" and n_fields > 2 * BLOCK else BLOCK
+    return Config(precision, pack=packed_samples(n_fields), keys=keys, programs_per_sm=8)
 
 
 def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[int, tuple[Any, ...]]:
@@ -134,10 +135,10 @@ def _dots(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     return {"PRECISION": config.precision, "REORDER": config.precision != "ieee", "EXACT": exact}
 
 
-def _key_blocks(n_fields: int, keys: int) -> dict[str, int]:
-    """Blocks of `keys` keys, and the rest in a last one: a power of two of at least 16, never none."""
+def _key_blocks(n_fields: int, keys: int) -> tuple[int, dict[str, int]]:
+    """Where the full blocks of `keys` keys end, and the blocks: the rest, at least one key, is in one of TAIL."""
     rest = (n_fields - 1) % keys + 1
-    return {"KEYS": keys, "REST": rest, "TAIL": max(BLOCK, 1 << (rest - 1).bit_length())}
+    return n_fields - rest, {"KEYS": keys, "TAIL": max(BLOCK, 1 << (rest - 1).bit_length())}
 
 
 def fold_launch(p: InteractingParameters, packed: Tensor, layout: Layout) -> Launch:
@@ -175,8 +176,9 @@ def forward_launch(
         kernel = triton_resident.forward_resident
     else:
         tiles = batch * -(-fields // config.rows)
-        cut = {"ROWS": config.rows, **_key_blocks(fields, config.keys)}
-        args += (fields - cut["REST"],)
+        key_end, blocks = _key_blocks(fields, config.keys)
+        args += (key_end,)
+        cut = {"ROWS": config.rows, **blocks}
         kernel = triton_streaming.forward_streaming
     grid = (min(tiles, target.multiprocessors * config.programs_per_sm),)
     return Launch(kernel, grid, args, {**shape, **cut, **config.options(target)})
@@ -207,7 +209,7 @@ def backward_launch(
     h, e, o = layout
     batch, fields, _ = x.shape
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
-    blocks = _key_blocks(fields, config.keys)
+    key_end, blocks = _key_blocks(fields, config.keys)
     options = {
         **{"F": fields, "E": e, "H": h, "O": o, "MASK": mask_kind, "PACK": config.pack, "ROWS": config.rows},
         **{**blocks, **_dots(config, x.dtype)},
@@ -215,7 +217,7 @@ def backward_launch(
         **config.options(target),
     }
     args = (grad, x, packed, mask_tensor, out, d_x, partial, scratch, batch)
-    args += (*grad.stride(), *x.stride(), *mask_strides, fields - blocks["REST"])
+    args += (*grad.stride(), *x.stride(), *mask_strides, key_end)
     return Launch(triton_streaming.backward, (partial.shape[0],), args, options)
 
 

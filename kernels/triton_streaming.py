@@ -186,7 +186,6 @@ def _attend(
     F: tl.constexpr,
     E: tl.constexpr,
     KEYS: tl.constexpr,
-    REST: tl.constexpr,
     TAIL: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
@@ -199,7 +198,7 @@ def _attend(
     delta = sum over keys of P dP [R]; and z = P x.
 
     delta comes from the very dP that it is subtracted from, so a row with a single key has a gradient of exactly zero.
-    The last REST of the F keys, at least one, are in a block of TAIL, the others in blocks of KEYS.
+    Keys up to `key_end` come in blocks of KEYS; the rest, at least one, in a last block of TAIL.
     """
     n_rows: tl.constexpr = q[0].shape[0]
     row_max = tl.full((n_rows,), NEG_INF, ACC)
@@ -215,7 +214,7 @@ def _attend(
         )  # fmt: skip
     row_max, row_sum, delta, z = _attend_keys(
         q, d_z, row_max, row_sum, delta, z, key_end, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq,
-        m_sk, F, E, TAIL, REST == TAIL, PACK, MASK, PRECISION, REORDER,
+        m_sk, F, E, TAIL, False, PACK, MASK, PRECISION, REORDER,
     )  # fmt: skip
     scale = row_scale(row_sum, MASK, EXACT)
     scaled = ()
@@ -237,7 +236,7 @@ def forward_streaming(
     m_sb,
     m_sq,
     m_sk,
-    key_end,  # F - REST: known at run time only, or the compiler unrolls short loops over keys, and spills
+    key_end,  # known at run time only, or the compiler unrolls short loops over keys, and spills
     F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
@@ -248,7 +247,6 @@ def forward_streaming(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    REST: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Each program walks over pairs of a sample and a block of ROWS rows."""
@@ -276,7 +274,7 @@ def forward_streaming(
             q = _queries(x_rows, weights, h, E, H, PRECISION, REORDER)
             _, row_sum, _, _, z = _attend(
                 q, (), rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
-                F, E, KEYS, REST, TAIL, 1, MASK, PRECISION, REORDER, EXACT, acc,
+                F, E, KEYS, TAIL, 1, MASK, PRECISION, REORDER, EXACT, acc,
             )  # fmt: skip
             values = weights + (E + 1) * H * E + h * E * O
             for e in tl.static_range(len(z)):
@@ -439,7 +437,6 @@ def backward(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    REST: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Each program walks over tiles: per head and block of rows, forward again, then back through it.
@@ -479,7 +476,7 @@ def backward(
                             d_z = d_z + (as_operand(d_z_e.to(dtype), REORDER),)
                     reference, _, scale, delta, z = _attend(
                         q, d_z, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
-                        F, E, KEYS, REST, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, acc,
+                        F, E, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, acc,
                     )  # fmt: skip
                     if PACK > 1:
                         spoilt = ()
@@ -514,7 +511,7 @@ def backward(
                         d_q = _differentiate_keys(
                             q, q_right, d_z, d_z_right, d_q, reference, scale, delta, key_end, rows,
                             age, scratch, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
-                            F, E, TAIL, REST == TAIL, PACK, MASK, NEED_INPUT, PRECISION, REORDER,
+                            F, E, TAIL, False, PACK, MASK, NEED_INPUT, PRECISION, REORDER,
                         )  # fmt: skip
                         if NEED_INPUT:
                             tl.debug_barrier()

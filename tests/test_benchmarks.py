@@ -19,21 +19,19 @@ from torch import Tensor, nn
 from autoint_fast import ReferenceInteractingLayer
 from benchmarks import compare, contestants, criteo, machine, memory, parity, plot, report, timing
 from benchmarks.__main__ import main
-from benchmarks.cases import FORWARD, MODES, SHAPES, TRAINING, Case, Shape, parse_shape, threads_for
+from benchmarks.cases import FORWARD, SHAPES, TRAINING, Case, Shape, parse_shape, threads_for
 from benchmarks.contestants import CONTESTANTS, Contestant
 
 ROOT = Path(__file__).parents[1]
 TINY = Shape("tiny", 5, 8, 2)
 QUICK = compare.Plan(rounds=2, memory=False)
-# Compiling takes half a minute.
-EAGER = [contestant for contestant in CONTESTANTS.values() if contestant.name != "compile"]
 
 
 def tiny(mode: str, batch: int = 70, **changes: object) -> Case:
     return Case(TINY, batch, mode, threads=1)._replace(**changes)  # type: ignore[arg-type]
 
 
-# --- Criteo -----------------------------------------------------------------------------------------------------
+# --- Criteo -------------------------------------------------------------------------------------------------
 
 NUMBERS = [str(i) for i in range(13)]
 HASHES = [f"{i:08x}" for i in range(26)]
@@ -112,15 +110,21 @@ def test_criteo_rows_are_the_input(tmp_path: Path) -> None:
     assert (row.data, row.parity) == ("log.tsv", report.OK)
 
 
-# --- parity -----------------------------------------------------------------------------------------------------
+# --- parity -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("contestant", EAGER, ids=lambda contestant: contestant.name)
+@pytest.mark.parametrize(
+    ("contestant", "mode"),
+    [
+        pytest.param(contestant, mode, id=f"{contestant.name}-{mode}")
+        for contestant in CONTESTANTS.values()
+        for mode in contestant.modes
+        # Compiling takes half a minute.
+        if contestant.name != "compile"
+    ],
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_contestant_computes_its_formula(contestant: Contestant, mode: str, dtype: str) -> None:
-    if mode not in contestant.modes:
-        pytest.skip("is for another mode")
     case = tiny(mode, dtype=dtype)
     try:
         bout = contestants.set_up(contestant, case)
@@ -240,12 +244,12 @@ def test_a_package_is_entered_without_its_init(tmp_path: Path, monkeypatch: pyte
 def test_what_is_not_installed_says_so() -> None:
     with (
         contestants._bare_package("no_such_package"),
-        pytest.raises(contestants.Unable, match="^not installed$"),
+        pytest.raises(contestants.Unable, match="not installed"),
     ):
         contestants._import("no_such_package.layers")
 
 
-# --- timing -----------------------------------------------------------------------------------------------------
+# --- timing -------------------------------------------------------------------------------------------------
 
 
 def test_quantiles() -> None:
@@ -276,11 +280,11 @@ def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def clock(step: timing.Step, calls: int) -> float:
         nonlocal now
-        now += 0.3
-        return 0.3
+        now += 0.25
+        return 0.25
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    assert len(timing.race({"a": str}, clock, seconds=3.0)["a"]) == 10
+    assert len(timing.race({"a": str}, clock, seconds=2.5)["a"]) == 10
     assert len(timing.race({"a": str}, clock, seconds=0.0)["a"]) == timing.LEAST_ROUNDS
 
 
@@ -326,7 +330,7 @@ def test_cuda_memory_is_the_growth_of_the_peak() -> None:
     assert memory.peak_extra_cuda(step, "cuda", cuda) == 24.0
 
 
-# --- memory -----------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 def one_after_the_other(mib: int) -> Callable[[], object]:
@@ -364,7 +368,7 @@ def test_memory_that_is_there_is_told() -> None:
     assert free is None or 1 << 20 < free < 1 << 50
 
 
-# --- the results ------------------------------------------------------------------------------------------------
+# --- the results --------------------------------------------------------------------------------------------
 
 ROW = report.Row(
     "random", "tiny", 5, 8, 2, 70, FORWARD, "reference", "fp32", "cpu", 1, report.OK, 2, p50_ms=1.0
@@ -435,7 +439,7 @@ def test_shapes_by_name_and_number() -> None:
     assert parse_shape("5x8x3") == Shape("custom", 5, 8, 3)
 
 
-# --- the command line -------------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 
 def test_the_whole_run(tmp_path: Path) -> None:

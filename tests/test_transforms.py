@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoint_fast import InteractingLayer, interacting_reference, why
+from autoint_fast import InteractingLayer, interacting_reference, op, why
 from autoint_fast.kernels import torch_engine
 from autoint_fast.reference import InteractingParameters
 from tests.cases import Shape, draw_mask, draw_problem
@@ -143,6 +143,14 @@ def test_why_inside_a_transform() -> None:
 def test_second_order_of_a_frozen_layer_is_refused() -> None:
     layer, x = draw_layer("torch").eval().freeze(), draw_x().requires_grad_()
     (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=NO_SECOND_ORDER):
+        grad.square().sum().backward()
+
+
+def test_second_order_of_folding_alone_is_refused() -> None:
+    p = InteractingParameters(*(t.requires_grad_() for t in draw_problem(Shape(1, 1, 4, 2)).p))
+    packed = op.fold(p, 2, "torch").packed
+    (grad,) = torch.autograd.grad(packed.sum(), p.w_q, create_graph=True)
     with pytest.raises(RuntimeError, match=NO_SECOND_ORDER):
         grad.square().sum().backward()
 
@@ -302,8 +310,6 @@ def test_torchscript_trace_is_right_for_other_batches_or_refused(batch: int, gra
 
 def test_parameters_as_plain_tensors() -> None:
     """The op's own signature, as another layer would call it: nothing but tensors."""
-    from autoint_fast import op
-
     x, p, n_head, _ = draw_problem(Shape(3, 5, 4, 2), torch.float64)
     out = op.interact(x, op.fold(p, n_head, "torch"), None, "torch")
     expected, _ = interacting_reference(x, InteractingParameters(*p), n_head)

@@ -119,11 +119,16 @@ def assert_sound(binary: Binary, arch: str, precision: str) -> None:
     assert {dtype for _, dtype in binary.mma} == MMA[precision]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("shape", NARROW, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_hopper(direction: str, shape: tuple[int, int, int], precision: str) -> None:
     assert_sound(compiled(direction, shape, precision, "sm_90"), "sm_90", precision)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_half_precision(direction: str) -> None:
+    assert_sound(compiled(direction, CRITEO, "fp16", "sm_90"), "sm_90", "fp16")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
