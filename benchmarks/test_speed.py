@@ -32,7 +32,7 @@ def own_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("contestant", "case"), _cases())
+@pytest.mark.parametrize(("contestant", "case"), list(_cases()))
 def test_speed(contestant: Contestant, case: Case, benchmark: BenchmarkFixture) -> None:
     torch.set_num_threads(case.threads)
     try:

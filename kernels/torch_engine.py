@@ -1,21 +1,24 @@
 """The folded algebra in plain PyTorch, in batch blocks that stay in cache: any device.
 
-Shapes: n samples of a block, F fields, E embedding size, H heads, O output width. Rows of the score matrix are
-(field, head), so that one matmul serves all heads and nothing is ever permuted:
+Shapes: n samples of a block, F fields, E embedding size, H heads, O output width. A column of scores is a (field,
+head), so that one matmul serves all heads and nothing is ever permuted; keys come first, because short rows are slow
+to reduce and columns are not:
 
-    q = x A + c        [n*F, H*E] = [n, F*H, E]
-    P = softmax(q x^T) [n, F*H, F]
-    z = P x            [n, F*H, E] = [n*F, H*E]
-    out = relu(x R + z M + b + g)
+    q = x A + c              [n*F, H*E] = [n, F*H, E]
+    w = 2^(x q^T)            [n, F, F*H], not normalised
+    z = w^T x / sum of w     [n, F*H, E] = [n*F, H*E]
+    out = relu(z M + x R + b + g)
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from ..weights import (
@@ -27,7 +30,6 @@ from ..weights import (
     NEED_SCORES,
     NEED_VALUES,
     Layout,
-    Parts,
     folded_dtype,
 )
 
@@ -35,8 +37,12 @@ if TYPE_CHECKING:
     from ..dispatch import Call
     from ..reference import InteractingParameters
 
-# Rows (samples times fields) of a block: at H = 2 its scores then fit a core's second-level cache.
+# Rows (samples times fields) of a block for each thread: at H = 2 its scores then fit a core's second-level cache.
 BLOCK_ROWS = 2500
+# Matrices narrower than this are multiplied at half the speed or less on a CPU, so E and O are padded to it.
+LEAST_WIDTH = 16
+# Sums of 2^score in between can be used as they are; others need the largest score of each row subtracted first.
+LEAST_SUM, MOST_SUM = 2.0**-40, 2.0**40
 
 
 def unsupported(call: Call) -> list[str]:
@@ -44,22 +50,23 @@ def unsupported(call: Call) -> list[str]:
     return ["it cannot run inside a torch.func transform (grad, vmap, jvp)"] if call.transforms else []
 
 
+# --- folding ------------------------------------------------------------------------------------------------------
+
+
+def _as_dtype(p: InteractingParameters, dtype: torch.dtype) -> Sequence[Tensor]:
+    return p if all(t.dtype == dtype for t in p) else [t.to(dtype) for t in p]
+
+
 def fold(p: InteractingParameters, layout: Layout) -> Tensor:
     """The packed folded weights (DESIGN: A, c, M, R, b, g), in fp32 or fp64 whatever the parameters' dtype."""
     h, e, o = layout
-    dtype = folded_dtype(p.w_q.dtype)
-    w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = (t.to(dtype) for t in p)
-    scale = LOG2E / math.sqrt(e)
-    packed = torch.empty(layout.numel, dtype=dtype, device=w_q.device)
-    parts = layout.parts(packed)
-    w_k = w_k.reshape(h, e, e)
-    torch.mul(torch.bmm(w_q.reshape(h, e, e).mT, w_k).transpose(0, 1), scale, out=parts.a)
-    torch.mul(torch.bmm(b_q.reshape(h, 1, e), w_k).view(h, e), scale, out=parts.c)
-    torch.bmm(w_v.reshape(h, e, e).mT, w_o.reshape(o, h, e).permute(1, 2, 0), out=parts.m)
-    parts.r.copy_(w_r.t())
-    torch.add(b_o, b_r, out=parts.b)
-    torch.mv(w_o, b_v, out=parts.g)
-    return packed
+    w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = _as_dtype(p, folded_dtype(p.w_q.dtype))
+    w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
+    # A's rows, and c as one more: [H, E + 1, E].
+    ac = torch.bmm(w_qb.mT, w_k.reshape(h, e, e)).mul_(LOG2E / math.sqrt(e))
+    m = torch.bmm(w_v.reshape(h, e, e).mT, w_o.reshape(o, h, e).permute(1, 2, 0))
+    pieces = (ac.transpose(0, 1).reshape(-1), m.view(-1), w_r.t().reshape(-1), b_o + b_r, torch.mv(w_o, b_v))
+    return torch.cat(pieces)
 
 
 def fold_backward(
@@ -70,20 +77,20 @@ def fold_backward(
     b_k moves every logit of a row alike, so its gradient is exactly zero.
     """
     h, e, o = layout
-    w_q, b_q, w_k, b_k, w_v, b_v, w_o, _, _, _ = (t.to(grad.dtype) for t in p)
-    d_a, d_c, d_m, d_r, d_b, d_g = layout.parts(grad)
-    scale = LOG2E / math.sqrt(e)
-    w_q, w_k, w_v = (w.reshape(h, e, e) for w in (w_q, w_k, w_v))
+    w_q, b_q, w_k, b_k, w_v, b_v, w_o, _, _, _ = _as_dtype(p, grad.dtype)
+    d_a, d_c, d_m, d_r, d_b, d_g = grad.split_with_sizes(layout.sizes)
+    d_ac = grad[: d_a.numel() + d_c.numel()].mul(LOG2E / math.sqrt(e)).view(e + 1, h, e).transpose(0, 1)
+    d_m = d_m.view(h, e, o)
     w_o = w_o.reshape(o, h, e).transpose(0, 1)  # [H, O, D]
     want_q, want_bq, want_k, want_bk, want_v, want_bv, want_o, want_bo, want_r, want_br = wanted
     grads: list[Tensor | None] = [None] * len(p)
-    if want_q:
-        grads[0] = torch.bmm(w_k, d_a.permute(1, 2, 0)).mul_(scale).view(h * e, e)
-    if want_bq:
-        grads[1] = torch.bmm(w_k, d_c.unsqueeze(2)).mul_(scale).view(h * e)
+    if want_q or want_bq:
+        d_qb = torch.bmm(w_k.reshape(h, e, e), d_ac.mT)
+        grads[0] = d_qb[:, :, :e].reshape(h * e, e) if want_q else None
+        grads[1] = d_qb[:, :, e].reshape(h * e) if want_bq else None
     if want_k:
-        d_k = torch.bmm(w_q, d_a.transpose(0, 1))
-        grads[2] = d_k.baddbmm_(b_q.reshape(h, e, 1), d_c.unsqueeze(1)).mul_(scale).view(h * e, e)
+        w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
+        grads[2] = torch.bmm(w_qb, d_ac).view(h * e, e)
     if want_bk:
         grads[3] = torch.zeros_like(b_k)
     if want_v:
@@ -91,76 +98,164 @@ def fold_backward(
     if want_bv:
         grads[5] = torch.matmul(d_g, w_o).view(h * e)
     if want_o:
-        d_o = torch.bmm(d_m.mT, w_v.mT)
-        d_o.baddbmm_(d_g.view(1, o, 1).expand(h, o, 1), b_v.reshape(h, 1, e))
+        d_o = torch.bmm(d_m.mT, w_v.reshape(h, e, e).mT)
+        d_o += d_g.unsqueeze(1) * b_v.reshape(h, 1, e)
         grads[6] = d_o.transpose(0, 1).reshape(o, h * e)
     if want_bo:
         grads[7] = d_b.clone()
     if want_r:
-        grads[8] = d_r.t().contiguous()
+        grads[8] = d_r.view(e, o).t().contiguous()
     if want_br:
         grads[9] = d_b.clone()
     return [None if g is None else g.to(t.dtype) for g, t in zip(grads, p, strict=True)]
 
 
-class _Masked(NamedTuple):
-    """A block's mask: `hidden` (n or 1, F or 1, 1, F or 1) and `empty`, its rows without a single key."""
+# --- the width of the computation -----------------------------------------------------------------------------------
 
-    hidden: Tensor
-    empty: Tensor
+
+class _Weights(NamedTuple):
+    """The folded weights as matrices, at the width of the computation."""
+
+    a: Tensor  # [E, H*E]
+    c: Tensor  # [H*E]
+    m: Tensor  # [H*E, O]
+    r: Tensor  # [E, O]
+    b: Tensor  # [O]
+    g: Tensor  # [O]
+
+
+def _matrices(packed: Tensor, layout: Layout) -> _Weights:
+    """Views of `packed` (layout.numel,)."""
+    _, e, o = layout
+    a, c, m, r, b, g = packed.split_with_sizes(layout.sizes)
+    return _Weights(a.view(e, -1), c, m.view(-1, o), r.view(e, o), b, g)
+
+
+def _width(layout: Layout, device: torch.device) -> Layout:
+    """The layout to compute in: more zeros where a CPU multiplies wider matrices faster."""
+    h, e, o = layout
+    if device.type != "cpu" or min(e, o) >= LEAST_WIDTH:
+        return layout
+    return Layout(h, max(e, LEAST_WIDTH), max(o, LEAST_WIDTH))
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(narrow: Layout, wide: Layout) -> Tensor:
+    """Where each element of weights packed as `narrow` lies in weights packed as `wide`."""
+    every = wide.parts(torch.arange(wide.numel))
+    sizes = narrow.parts(torch.empty(narrow.numel))
+    pieces = (part[tuple(map(slice, size.shape))] for part, size in zip(every, sizes, strict=True))
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def _widened(packed: Tensor, narrow: Layout, wide: Layout) -> Tensor:
+    """Weights packed as `narrow` in the layout `wide`, zeros in between."""
+    if narrow == wide:
+        return packed
+    return packed.new_zeros(wide.numel).index_copy_(0, _positions(narrow, wide), packed)
+
+
+def _padded(t: Tensor, width: int) -> Tensor:
+    """A contiguous t (n, F, N) with zeros up to (n, F, width)."""
+    return t.contiguous() if t.shape[2] == width else nnf.pad(t, (0, width - t.shape[2]))
+
+
+# --- attention, block by block --------------------------------------------------------------------------------------
+
+
+class _Mask(NamedTuple):
+    """A block's mask, keys first as the scores are."""
+
+    bias: Tensor  # [n or 1, F or 1, F*H or 1]: minus infinity where hidden, else 0
+    empty: Tensor  # [n or 1, 1, F*H or 1], bool: not a single key
+    empty_rows: Tensor  # [n or 1, F or 1, 1], bool: the same, for the rows of the output
 
 
 class _Block(NamedTuple):
     rows: slice  # of the batch
     x: Tensor  # [n, F, E] in the dtype of the weights
-    mask: _Masked | None
+    mask: _Mask | None
 
 
-def _blocks(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[_Block]:
+class _Attention(NamedTuple):
+    """Of one block: P^T is `w` times `scale`."""
+
+    q: Tensor  # [n, F*H, E]
+    w: Tensor  # [n, F, F*H]
+    scale: Tensor  # [n, 1, F*H]
+    z: Tensor  # [n, F*H, E]
+
+
+def _keys_first(mask: Tensor, n_head: int, dtype: torch.dtype) -> _Mask:
+    hidden = mask.mT
+    if hidden.shape[2] > 1:
+        hidden = hidden.repeat_interleave(n_head, dim=2)
+    # The logarithm of 0 and 1; masked_fill and where take several times as long.
+    bias = hidden.logical_not().to(dtype).log2_()
+    return _Mask(bias, hidden.all(1, keepdim=True), mask.all(2, keepdim=True))
+
+
+def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype) -> Iterator[_Block]:
     batch, fields, _ = x.shape
-    size = max(1, BLOCK_ROWS // fields)
+    size = max(1, BLOCK_ROWS * torch.get_num_threads() // fields)
+    shared = mask is not None and mask.shape[0] == 1
+    block_mask = _keys_first(mask, width.n_head, dtype) if shared else None
     for start in range(0, batch, size):
         rows = slice(start, min(start + size, batch))
-        masked = None
-        if mask is not None:
-            hidden = (mask if mask.shape[0] == 1 else mask[rows]).unsqueeze(2)
-            masked = _Masked(hidden, hidden.all(dim=-1, keepdim=True))
-        yield _Block(rows, x[rows].to(dtype).contiguous(), masked)
+        if mask is not None and not shared:
+            block_mask = _keys_first(mask[rows], width.n_head, dtype)
+        yield _Block(rows, _padded(x[rows].to(dtype), width.emb_size), block_mask)
 
 
-def _attend(block: _Block, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """q [n, F*H, E], P [n, F*H, F] and z [n, F*H, E] of one block."""
+def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
+    """`shift`: whether the largest score of each row is subtracted, as softmax does; without, it is where needed."""
     x, mask = block.x, block.mask
     n, f, e = x.shape
-    h = parts.c.shape[0]
-    q = torch.addmm(parts.c.view(-1), x.view(n * f, e), parts.a.view(e, h * e)).view(n, f * h, e)
-    # A is folded for exp2; alpha takes the logits back to the base of torch.softmax.
-    logits = torch.baddbmm(x.new_empty(()), q, x.mT, beta=0, alpha=LN2)
-    if mask is None:
-        p = torch.softmax(logits, dim=-1)
-    else:
-        logits.view(n, f, h, f).masked_fill_(mask.hidden, -math.inf)
-        p = torch.softmax(logits, dim=-1)
-        p.view(n, f, h, f).masked_fill_(mask.empty, 0.0)
-    return q, p, torch.bmm(p, x)
+    q = torch.addmm(weights.c, x.view(n * f, e), weights.a).view(n, -1, e)
+    scores = torch.bmm(x, q.mT)
+    if mask is not None:
+        scores += mask.bias
+    if shift:
+        largest = scores.amax(1, keepdim=True)
+        if mask is not None:
+            # Minus infinity from minus infinity would be NaN.
+            largest.masked_fill_(mask.empty, 0.0)
+        scores -= largest
+    w = scores.exp2_()
+    sums = w.sum(1, keepdim=True)
+    if mask is not None:
+        sums.masked_fill_(mask.empty, 1.0)
+    if not shift:
+        least, most = (t.item() for t in torch.aminmax(sums))
+        # False for NaN too.
+        if not LEAST_SUM < least <= most < MOST_SUM:
+            return _attend(block, weights, shift=True)
+    scale = sums.reciprocal_()
+    return _Attention(q, w, scale, torch.bmm(w.mT, x).mul_(scale.mT))
+
+
+def _must_shift(x: Tensor) -> bool:
+    """On other devices than CPUs looking at the sums would wait for them; with one key P has to be exactly one, or
+    rounding would pass for a gradient of the scores."""
+    return x.device.type != "cpu" or x.shape[1] == 1
 
 
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """x (B, F, E), packed folded weights, mask of 3 dimensions or None -> (B, F, O) in x's dtype."""
-    h, e, o = layout
     batch, fields, _ = x.shape
-    parts = layout.parts(packed)
-    bias = parts.b + parts.g if mask is None else parts.b
-    out = x.new_empty(batch, fields, o)
-    for block in _blocks(x, mask, packed.dtype):
-        _, _, z = _attend(block, parts)
-        y = torch.addmm(bias, block.x.view(-1, e), parts.r)
-        y.addmm_(z.view(-1, h * e), parts.m.view(h * e, o))
-        y = y.view(-1, fields, o)
+    width = _width(layout, x.device)
+    weights = _matrices(_widened(packed, layout, width), width)
+    bias = weights.b + weights.g if mask is None else weights.b
+    shift = _must_shift(x)
+    out = x.new_empty(batch, fields, layout.out_size)
+    for block in _blocks(x, mask, width, packed.dtype):
+        z = _attend(block, weights, shift).z
+        rows = block.x.view(-1, width.emb_size)
+        y = torch.addmm(bias, rows, weights.r).addmm_(z.view(rows.shape[0], -1), weights.m)
+        y = y.view(-1, fields, width.out_size)
         if block.mask is not None:
-            y += parts.g.masked_fill(block.mask.empty.squeeze(2), 0.0)
-        torch.relu_(y)
-        out[block.rows] = y
+            y += weights.g.masked_fill(block.mask.empty_rows, 0.0)
+        torch.clamp_min(y[:, :, : layout.out_size], 0.0, out=out[block.rows])
     return out
 
 
@@ -171,43 +266,48 @@ def interact_backward(
 
     None where `needs` asks for nothing; parts of the packed gradient that are not needed are zero.
     """
-    h, e, o = layout
-    parts = layout.parts(packed)
-    m, r, a = parts.m.view(h * e, o), parts.r, parts.a.view(e, h * e)
+    width = _width(layout, x.device)
+    weights = _matrices(_widened(packed, layout, width), width)
+    # Gradients of the scores are those of exponents of 2.
+    to_z, to_q, to_x = weights.m.t() * LN2, weights.a.t(), weights.r.t()
+    shift = _must_shift(x)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
-    d_packed = torch.zeros_like(packed) if needs & ~NEED_INPUT else None
-    if d_packed is not None:
-        d = layout.parts(d_packed)
-        d_a, d_m = d.a.view(e, h * e), d.m.view(h * e, o)
-    for block in _blocks(x, mask, packed.dtype):
-        n, f, _ = block.x.shape
-        x_rows = block.x.view(n * f, e)
+    d_packed = packed.new_zeros(width.numel)
+    d = _matrices(d_packed, width)
+    for block in _blocks(x, mask, width, packed.dtype):
+        n, f, e = block.x.shape
+        rows = block.x.view(n * f, e)
         # As in torch's relu, a NaN output lets its gradient pass.
-        d_y = grad[block.rows].to(packed.dtype).masked_fill(out[block.rows] <= 0, 0.0)
+        d_y = torch.ops.aten.threshold_backward(grad[block.rows], out[block.rows], 0)
+        d_y = _padded(d_y.to(packed.dtype), width.out_size)
         if needs & NEED_BIAS:
             d.b.add_(d_y.sum((0, 1)))
             if block.mask is not None:
-                d.g.add_(d_y.masked_fill(block.mask.empty.squeeze(2), 0.0).sum((0, 1)))
-        d_y = d_y.view(n * f, o)
+                d.g.add_(d_y.masked_fill(block.mask.empty_rows, 0.0).sum((0, 1)))
+        d_y = d_y.view(n * f, -1)
         if needs & NEED_RESIDUAL:
-            d.r.addmm_(x_rows.t(), d_y)
+            d.r.addmm_(rows.t(), d_y)
         if not needs & (NEED_INPUT | NEED_SCORES | NEED_VALUES):
             continue
-        q, p, z = _attend(block, parts)
+        q, w, scale, z = _attend(block, weights, shift)
         if needs & NEED_VALUES:
-            d_m.addmm_(z.view(n * f, h * e).t(), d_y)
+            d.m.addmm_(z.view(n * f, -1).t(), d_y)
         if not needs & (NEED_INPUT | NEED_SCORES):
             continue
-        d_z = torch.mm(d_y, m.t()).view(n, f * h, e)
-        d_s = torch._softmax_backward_data(torch.bmm(d_z, block.x.mT), p, -1, p.dtype)
-        d_q = torch.baddbmm(d_s.new_empty(()), d_s, block.x, beta=0, alpha=LN2)
+        d_z = torch.mm(d_y, to_z).view(z.shape).mul_(scale.mT)
+        d_scores = torch.bmm(block.x, d_z.mT).mul_(w)
+        delta = d_scores.sum(1, keepdim=True).mul_(scale)
+        d_scores.addcmul_(w, delta, value=-1)
+        d_q = torch.bmm(d_scores.mT, block.x).view(n * f, -1)
         if needs & NEED_SCORES:
-            d_a.addmm_(x_rows.t(), d_q.view(n * f, h * e))
-            d.c.add_(d_q.view(n * f, h, e).sum(0))
+            d.a.addmm_(rows.t(), d_q)
+            d.c.add_(d_q.sum(0))
         if d_x is not None:
-            d_rows = torch.mm(d_y, r.t()).addmm_(d_q.view(n * f, h * e), a.t()).view(n, f, e)
-            d_rows.baddbmm_(p.mT, d_z).baddbmm_(d_s.mT, q, alpha=LN2)
-            d_x[block.rows] = d_rows
+            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q).view(n, f, e)
+            d_rows.baddbmm_(w, d_z, alpha=LOG2E).baddbmm_(d_scores, q)
+            d_x[block.rows] = d_rows[:, :, : layout.emb_size]
+    if not needs & ~NEED_INPUT:
+        return d_x, None
     if needs & NEED_BIAS and mask is None:
         d.g.copy_(d.b)
-    return d_x, d_packed
+    return d_x, d_packed if width == layout else d_packed[_positions(layout, width)]

@@ -109,7 +109,7 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
             pack=packed_samples(n_fields),
             unroll=not fp32 or n_fields <= BLOCK,
             hoist=layout.n_head <= 4 and not pressed,
-            maxnreg=255 if precision == "tf32" else None,
+            maxnreg=255 if fp32 else None,
         )
     wide = max(layout.emb_size, layout.out_size) > 2 * BLOCK
     rows = 2 * BLOCK if not wide and layout.emb_size <= BLOCK else BLOCK
@@ -118,7 +118,7 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
 
 def backward_config(n_fields: int, precision: str) -> Config:
     """The backward's cut: with 16 rows there is room for every accumulator without spilling."""
-    keys = 2 * BLOCK if precision == "tf32" and n_fields > 2 * BLOCK else BLOCK
+    keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK else BLOCK
     return Config(precision, pack=packed_samples(n_fields), keys=keys, programs_per_sm=8)
 
 
@@ -217,7 +217,7 @@ def backward_launch(
         **config.options(target),
     }
     args = (grad, x, packed, mask_tensor, out, d_x, partial, scratch, batch)
-    args += (*grad.stride(), *x.stride(), *mask_strides, key_end)
+    args += (*grad.stride(), *x.stride(), *mask_strides, key_end, 0)
     return Launch(triton_streaming.backward, (partial.shape[0],), args, options)
 
 

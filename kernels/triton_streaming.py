@@ -50,6 +50,7 @@ def _queries(
     x_rows,  # chunks of E [R, 16]
     weights,
     h,
+    i,  # 0 to 15
     E: tl.constexpr,
     H: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -58,15 +59,14 @@ def _queries(
     """q_h = x A_h + c_h as chunks [R, 16], each ready to be the left operand of a dot."""
     n_rows: tl.constexpr = x_rows[0].shape[0]
     dtype: tl.constexpr = x_rows[0].dtype
-    rows = tl.arange(0, BLOCK)
-    columns = restoring(rows, REORDER)
+    columns = restoring(i, REORDER)
     q = ()
     for j in tl.static_range(0, E, BLOCK):
         c = load_vector(weights + E * H * E + h * E, j, columns, E)
         q_j = tl.broadcast_to(c[None, :], (n_rows, BLOCK))
-        for i in tl.static_range(len(x_rows)):
-            a = load_block(weights + h * E, i * BLOCK, j, rows, columns, H * E, E, E)
-            q_j = dot(x_rows[i], a.to(dtype), q_j, PRECISION)
+        for e in tl.static_range(len(x_rows)):
+            a = load_block(weights + h * E, e * BLOCK, j, i, columns, H * E, E, E)
+            q_j = dot(x_rows[e], a.to(dtype), q_j, PRECISION)
         q = q + (as_operand(q_j.to(dtype), REORDER),)
     return q
 
@@ -271,7 +271,7 @@ def forward_streaming(
             y = y + (y_o,)
         row_sum = tl.zeros((ROWS,), acc)
         for h in tl.range(H):
-            q = _queries(x_rows, weights, h, E, H, PRECISION, REORDER)
+            q = _queries(x_rows, weights, h, i, E, H, PRECISION, REORDER)
             _, row_sum, _, _, z = _attend(
                 q, (), rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
                 F, E, KEYS, TAIL, 1, MASK, PRECISION, REORDER, EXACT, acc,
@@ -421,6 +421,7 @@ def backward(
     m_sq,
     m_sk,
     key_end,
+    nought,  # 0: ties addresses to a loop, or the compiler computes all of them ahead, and spills
     F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
@@ -448,7 +449,6 @@ def backward(
     tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
     size: tl.constexpr = (E + 1 + O) * H * E + (E + 2) * O
     pid = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
     partial += tl.cast(pid, tl.int64) * size
     scratch += tl.cast(pid, tl.int64) * (tile_rows * E)
     residual: tl.constexpr = (E + 1 + O) * H * E
@@ -457,12 +457,13 @@ def backward(
         if NEED_INPUT or NEED_SCORES or NEED_VALUES:
             for h in tl.range(H):
                 for first_row in tl.range(0, tile_rows, ROWS):
+                    i = tl.arange(0, BLOCK) + (t + first_row) * nought
                     age = h + first_row
                     age_of_head = t - pid + first_row
-                    rows = first_row + tl.arange(0, ROWS)
+                    rows = first_row + tl.arange(0, ROWS) + t * nought
                     x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                     d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
-                    q = _queries(x_rows, weights, h, E, H, PRECISION, REORDER)
+                    q = _queries(x_rows, weights, h, i, E, H, PRECISION, REORDER)
                     m_h = (E + 1) * H * E + h * E * O
                     d_z = ()
                     if NEED_INPUT or NEED_SCORES:
@@ -542,8 +543,9 @@ def backward(
                                         partial + h * E, d_a, e * BLOCK, j * BLOCK, i, i, H * E, age_of_head, E, E
                                     )
         for first_row in tl.range(0, tile_rows, ROWS):
+            i = tl.arange(0, BLOCK) + (t + first_row) * nought
             age = t - pid + first_row
-            rows = first_row + tl.arange(0, ROWS)
+            rows = first_row + tl.arange(0, ROWS) + t * nought
             d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
             x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
             for o in tl.static_range(len(d_y)):

@@ -27,8 +27,8 @@ def test_threads_train_on_one_layer(backend: str) -> None:
     layer = InteractingLayer(2, 8, backend=backend, dtype=torch.float64)
     leaves = list(layer.parameters())
     barrier = Barrier(THREADS)
-    inputs = [torch.randn(3 + i, 5, 8, dtype=torch.float64) for i in range(THREADS)]
-    masks = [draw_mask("(B,1,F)", 3 + i, 5) if i % 2 else None for i in range(THREADS)]
+    inputs = [torch.randn(3 + i % 2, 5, 8, dtype=torch.float64) for i in range(THREADS)]
+    masks = [draw_mask("(B,1,F)", 4, 5) if i % 2 else None for i in range(THREADS)]
 
     def gradients(i: int) -> list[Tensor]:
         x = inputs[i].clone().requires_grad_()

@@ -1,0 +1,142 @@
+"""The launches themselves: how many there are, and every cut of every kernel by force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoint_fast import InteractingLayer
+from autoint_fast.kernels import torch_engine, triton_engine
+from autoint_fast.kernels.triton_launch import Config, Launch, packed_samples
+from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, Layout
+from tests.honest_interpreter import overflow_checks
+
+EVERYTHING = NEED_INPUT | NEED_WEIGHTS
+PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x4": torch.float32}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels launched, in order."""
+    names: list[str] = []
+    launch = Launch.__call__
+
+    def counted(self: Launch) -> None:
+        names.append(self.kernel.fn.__name__)
+        launch(self)
+
+    monkeypatch.setattr(Launch, "__call__", counted)
+    yield names
+
+
+def test_number_of_launches(launches: list[str]) -> None:
+    layer = InteractingLayer(2, 16, backend="triton")
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    out = layer(x)
+    assert launches == ["fold", "forward_resident"]
+    launches.clear()
+    out.sum().backward()
+    assert launches == ["backward", "reduce_partial", "unfold"]
+    launches.clear()
+    layer.eval().freeze()
+    launches.clear()
+    with torch.no_grad():
+        layer(x)
+    assert launches == ["forward_resident"]
+
+
+def test_frozen_weights_still_give_the_gradient_of_x(launches: list[str]) -> None:
+    layer = InteractingLayer(1, 8, backend="triton").eval().freeze()
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    launches.clear()
+    layer(x).sum().backward()
+    assert launches == ["forward_resident", "backward"]
+
+
+class Case:
+    """Folded weights, an input, a mask and a gradient, and what the folded algebra in fp64 makes of them."""
+
+    def __init__(self, batch: int, fields: int, emb_size: int, n_head: int, dtype: torch.dtype, mask: str) -> None:
+        self.layout = Layout(n_head, emb_size, emb_size)
+        self.packed = torch.randn(self.layout.numel, dtype=torch.float64).div_(emb_size**0.5).to(dtype)
+        self.x = torch.randn(batch, fields, emb_size, dtype=dtype)
+        shape = {"keys": (batch, 1, fields), "pairs": (batch, fields, fields)}.get(mask)
+        self.mask = None if shape is None else torch.rand(shape) < 0.3
+        if self.mask is not None:
+            self.mask[0, 0] = True
+        packed, x = self.packed.double(), self.x.double()
+        self.out = torch_engine.interact(x, packed, self.mask, self.layout)
+        # Where the relu is all but undecided, the sign is a matter of rounding.
+        self.grad = torch.randn_like(self.x) * (self.out.abs() > 1e-2)
+        arguments = (self.grad.double(), x, packed, self.out, self.mask, self.layout, EVERYTHING)
+        self.d_x, self.d_packed = torch_engine.interact_backward(*arguments)
+
+
+def assert_near(name: str, ours: Tensor, truth: Tensor, tolerance: float) -> None:
+    error = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
+    assert error <= tolerance, f"{name}: error {error:.2e} of the largest value"
+
+
+TOLERANCE = {"ieee": 1e-12, "tf32": 4e-3, "tf32x4": 4e-6}
+
+
+@pytest.mark.parametrize("mask", ["none", "keys"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kernel", ["unrolled", "looped", "hoisted", "streamed", "wide blocks"])
+def test_forward_cuts(kernel: str, precision: str, mask: str) -> None:
+    case = Case(1, 39, 10, 2, PRECISIONS[precision], mask)
+    config = {
+        "unrolled": Config(precision, resident=True, unroll=True),
+        "looped": Config(precision, resident=True),
+        "hoisted": Config(precision, resident=True, unroll=True, hoist=True),
+        "streamed": Config(precision),
+        "wide blocks": Config(precision, rows=32, keys=32),
+    }[kernel]
+    out = triton_engine.interact(case.x, case.packed, case.mask, case.layout, config)
+    assert_near("out", out, case.out, TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("rows", "keys"), [(16, 16), (16, 32), (32, 32)])
+def test_backward_cuts(rows: int, keys: int, precision: str) -> None:
+    case = Case(1, 35, 10, 1, PRECISIONS[precision], "pairs")
+    config = Config(precision, rows=rows, keys=keys)
+    out = case.out.to(case.x.dtype)
+    d_x, d_packed = triton_engine.interact_backward(
+        case.grad, case.x, case.packed, out, case.mask, case.layout, EVERYTHING, config
+    )
+    assert_near("gradient of x", d_x, case.d_x, TOLERANCE[precision])
+    assert_near("gradient of the weights", d_packed, case.d_packed, TOLERANCE[precision])
+
+
+@pytest.mark.parametrize(("fields", "mask"), [(1, "none"), (2, "keys"), (3, "pairs"), (7, "keys"), (8, "none")])
+def test_packed_samples(fields: int, mask: str) -> None:
+    """Samples that share a tile, in a batch that does not fill the last one, and one sample a tile all the same."""
+    case = Case(packed_samples(fields) + 1, fields, 16, 2, torch.float64, mask)
+    for pack in (packed_samples(fields), 1):
+        config = Config("ieee", resident=True, pack=pack, unroll=True)
+        out = triton_engine.interact(case.x, case.packed, case.mask, case.layout, config)
+        assert_near("out", out, case.out, TOLERANCE["ieee"])
+        d_x, d_packed = triton_engine.interact_backward(
+            case.grad, case.x, case.packed, out, case.mask, case.layout, EVERYTHING, Config("ieee", pack=pack)
+        )
+        assert_near("gradient of x", d_x, case.d_x, TOLERANCE["ieee"])
+        assert_near("gradient of the weights", d_packed, case.d_packed, TOLERANCE["ieee"])
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_addresses_beyond_32_bits(dimension: int) -> None:
+    """The rows that pad a tile are never read, but their addresses are computed, with strides that overflow 32 bits."""
+    strides = [16, 16, 1]
+    strides[dimension] = 1 << 29
+    x = torch.randn(16).as_strided((1, 1, 16), strides)
+    case = Case(1, 1, 16, 1, torch.float32, "none")
+    with overflow_checks():
+        for config in (Config("tf32x4", resident=True, pack=16, unroll=True), Config("tf32x4")):
+            triton_engine.interact(x, case.packed, None, case.layout, config)
+        triton_engine.interact_backward(
+            x, x, case.packed, case.out.float(), None, case.layout, EVERYTHING, Config("tf32x4", pack=16)
+        )
