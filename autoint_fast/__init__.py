@@ -1,9 +1,9 @@
 """AutoInt's interacting layer, fused into one pass over each sample.
 
-    from autoint_fast import InteractingLayer
+from autoint_fast import InteractingLayer
 
-    layer = InteractingLayer(n_head=2, emb_size=16)
-    out = layer(x)  # x (B, F, 16) -> (B, F, 16)
+layer = InteractingLayer(n_head=2, emb_size=16)
+out = layer(x)  # x (B, F, 16) -> (B, F, 16)
 """
 
 from pathlib import Path as _Path

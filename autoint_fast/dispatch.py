@@ -103,7 +103,9 @@ class Why(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"this call runs on: {self.choice}"]
-        lines += [f"  {name}: {'; '.join(why) if why else 'could run it'}" for name, why in self.reasons.items()]
+        lines += [
+            f"  {name}: {'; '.join(why) if why else 'could run it'}" for name, why in self.reasons.items()
+        ]
         return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ from .weights import (
 )
 
 SECOND_ORDER = (
-    "autoint_fast: a fused engine has no second-order gradients; build the layer with backend=\"reference\" "
+    'autoint_fast: a fused engine has no second-order gradients; build the layer with backend="reference" '
     "to differentiate twice (gradient penalties, torch.autograd.functional.hessian)"
 )
 
@@ -303,7 +303,9 @@ def interact(x: Tensor, weights: FoldedWeights, mask: Tensor | None, backend: st
     packed, layout, needs = weights
     needs = needs | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0
     if _through_library(x):
-        return torch.ops.autoint_fast.interact(x, packed, mask, layout.n_head, layout.out_size, backend, needs)
+        return torch.ops.autoint_fast.interact(
+            x, packed, mask, layout.n_head, layout.out_size, backend, needs
+        )
     if needs:
         return _Interact.apply(x, packed, mask, layout, backend, needs)
     return _interact(x, packed, mask, layout, backend)

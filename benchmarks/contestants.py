@@ -254,7 +254,7 @@ def _foreign(reference: ReferenceInteractingLayer, make: Callable[[int, int], nn
         torch.manual_seed(0)
         layer = make(e, h)
         for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=e**-0.5)
+            nn.init.normal_(parameter, std=(2 * e) ** -0.5)
     layer.note = f"other formula, heads {e // h} wide" if h > 1 else "other formula"
     return layer.to(reference.fc_res.weight.device, reference.fc_res.weight.dtype)
 

@@ -16,6 +16,9 @@ FIELDS = NUMERIC + CATEGORICAL
 # The whole log has 45 million rows; this is more than the largest batch, and seconds of reading.
 MOST_ROWS = 100_000
 
+# Of trained embeddings, about: numbers then reach logits that matter, without drowning the categories.
+EMBEDDING_STD = 0.1
+
 
 class CriteoError(ValueError):
     """A file that is no Criteo log; the message has its name and the number of the line."""
@@ -77,7 +80,7 @@ def embed(rows: Rows, emb_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
 
     def draw(vectors: int) -> Tensor:
-        return torch.randn(vectors, emb_size, generator=generator) * emb_size**-0.5
+        return torch.randn(vectors, emb_size, generator=generator) * EMBEDDING_STD
 
     field, missing = draw(NUMERIC), draw(NUMERIC)
     z = rows.numeric.unsqueeze(2)

@@ -255,7 +255,7 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
         y = y.view(-1, fields, width.out_size)
         if block.mask is not None:
             y += weights.g.masked_fill(block.mask.empty_rows, 0.0)
-        torch.clamp_min(y[:, :, : layout.out_size], 0.0, out=out[block.rows])
+        out[block.rows] = y.relu_()[:, :, : layout.out_size]
     return out
 
 

@@ -106,7 +106,9 @@ def fold(p: InteractingParameters, layout: Layout) -> Tensor:
     return packed
 
 
-def fold_backward(grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]) -> list[Tensor | None]:
+def fold_backward(
+    grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]
+) -> list[Tensor | None]:
     """As `torch_engine.fold_backward`, in one launch."""
     from .triton_launch import unfold_launch
 
@@ -150,7 +152,13 @@ def interact_backward(
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `torch_engine.interact_backward`, in one launch and a reduction; the same bits at every run."""
-    from .triton_launch import backward_config, backward_launch, backward_programs, dot_precision, reduce_launch
+    from .triton_launch import (
+        backward_config,
+        backward_launch,
+        backward_programs,
+        dot_precision,
+        reduce_launch,
+    )
 
     batch, fields, emb_size = x.shape
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
@@ -165,7 +173,18 @@ def interact_backward(
     scratch = packed.new_empty(programs, tile_rows, emb_size) if needs & NEED_INPUT else packed
     with _device(x):
         backward_launch(
-            grad, x, packed, out, mask, x if d_x is None else d_x, partial, scratch, layout, needs, config, target
+            grad,
+            x,
+            packed,
+            out,
+            mask,
+            x if d_x is None else d_x,
+            partial,
+            scratch,
+            layout,
+            needs,
+            config,
+            target,
         )()
         if not needs & NEED_WEIGHTS:
             return d_x, None

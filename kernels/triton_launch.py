@@ -126,7 +126,9 @@ def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[int, tuple[An
     """The kind of a 3-D mask, and (pointer, stride_b, stride_q, stride_k), 0 where it broadcasts."""
     if mask is None:
         return MASK_NONE, (stand_in, 0, 0, 0)
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    strides = tuple(
+        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    )
     return (MASK_KEYS if strides[1] == 0 else MASK_PAIRS), (mask, *strides)
 
 
@@ -150,7 +152,9 @@ def fold_launch(p: InteractingParameters, packed: Tensor, layout: Layout) -> Lau
     return Launch(triton_fold.fold, (h * ne * (ne + no) + no,), args, options)
 
 
-def unfold_launch(grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor | None], layout: Layout) -> Launch:
+def unfold_launch(
+    grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor | None], layout: Layout
+) -> Launch:
     """The gradient of the packed weights into those of the parameters that are there."""
     h, e, o = layout
     ne, no = -(-e // BLOCK), -(-o // BLOCK)
@@ -162,7 +166,13 @@ def unfold_launch(grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor
 
 
 def forward_launch(
-    x: Tensor, packed: Tensor, mask: Tensor | None, out: Tensor, layout: Layout, config: Config, target: Target
+    x: Tensor,
+    packed: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    config: Config,
+    target: Target,
 ) -> Launch:
     """x (B, F, E) -> out (B, F, O), contiguous."""
     h, e, o = layout

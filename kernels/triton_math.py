@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 
-
 def _constant(value):
     """A module constant as kernels may read it: the compiler wants a constexpr, the interpreter a plain number."""
     return value if os.environ.get("TRITON_INTERPRET") == "1" else tl.constexpr(value)
@@ -147,7 +146,11 @@ def block_pointers(pointer, top, left, rows, columns, stride):
     The known part comes last, in 64 bits: so every block of a matrix shares one set of addresses and differs in the
     immediate offset of its loads. Folded into rows and columns, it would cost registers per block.
     """
-    return pointer + (rows.to(tl.int64)[:, None] * stride + columns.to(tl.int64)[None, :]) + (top * stride + left)
+    return (
+        pointer
+        + (rows.to(tl.int64)[:, None] * stride + columns.to(tl.int64)[None, :])
+        + (top * stride + left)
+    )
 
 
 @triton.jit
@@ -164,7 +167,11 @@ def load_block(pointer, top, left, rows, columns, stride, ROWS: tl.constexpr, CO
 @triton.jit
 def load_transposed(pointer, top, left, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The transpose of what `load_block` gives."""
-    pointers = pointer + (rows.to(tl.int64)[None, :] * stride + columns.to(tl.int64)[:, None]) + (top * stride + left)
+    pointers = (
+        pointer
+        + (rows.to(tl.int64)[None, :] * stride + columns.to(tl.int64)[:, None])
+        + (top * stride + left)
+    )
     if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
         return tl.load(pointers)
     else:

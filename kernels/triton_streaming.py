@@ -296,7 +296,9 @@ def forward_streaming(
 
 
 @triton.jit
-def _add_block(pointer, block, top, left, rows, columns, stride, age, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_block(
+    pointer, block, top, left, rows, columns, stride, age, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """pointer[top + rows, left + columns] += block [R, 16]; at age 0 what stood there counts as zero."""
     inside = (rows[:, None] < ROWS - top) & (columns[None, :] < COLUMNS - left)
     pointers = block_pointers(pointer, top, left, rows, columns, stride)
@@ -396,7 +398,9 @@ def _differentiate_keys(
         for i in tl.static_range(len(q)):
             d_x = dot(p_t, d_z_right[i], tl.zeros((KEYS, BLOCK), acc), PRECISION)
             d_x = dot(d_s_t, q_right[i], d_x, PRECISION)
-            _add_block(scratch, d_x, 0, i * BLOCK, keys, tl.arange(0, BLOCK), E, age, BLOCK if PACK > 1 else F, E)
+            _add_block(
+                scratch, d_x, 0, i * BLOCK, keys, tl.arange(0, BLOCK), E, age, BLOCK if PACK > 1 else F, E
+            )
     return d_q
 
 
@@ -462,7 +466,9 @@ def backward(
                     age_of_head = t - pid + first_row
                     rows = first_row + tl.arange(0, ROWS) + t * nought
                     x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-                    d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
+                    d_y = _load_output_gradient(
+                        grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc
+                    )
                     q = _queries(x_rows, weights, h, i, E, H, PRECISION, REORDER)
                     m_h = (E + 1) * H * E + h * E * O
                     d_z = ()
@@ -532,7 +538,12 @@ def backward(
                             x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                             for j in tl.static_range(len(d_q)):
                                 _add_vector(
-                                    partial + E * H * E + h * E, tl.sum(d_q[j], 0), j * BLOCK, i, age_of_head, E
+                                    partial + E * H * E + h * E,
+                                    tl.sum(d_q[j], 0),
+                                    j * BLOCK,
+                                    i,
+                                    age_of_head,
+                                    E,
                                 )
                                 d_q_j = d_q[j].to(dtype)
                                 for e in tl.static_range(len(x_rows)):
@@ -540,7 +551,16 @@ def backward(
                                         tl.trans(x_rows[e]), d_q_j, tl.zeros((BLOCK, BLOCK), acc), PRECISION
                                     )
                                     _add_block(
-                                        partial + h * E, d_a, e * BLOCK, j * BLOCK, i, i, H * E, age_of_head, E, E
+                                        partial + h * E,
+                                        d_a,
+                                        e * BLOCK,
+                                        j * BLOCK,
+                                        i,
+                                        i,
+                                        H * E,
+                                        age_of_head,
+                                        E,
+                                        E,
                                     )
         for first_row in tl.range(0, tile_rows, ROWS):
             i = tl.arange(0, BLOCK) + (t + first_row) * nought
