@@ -188,9 +188,7 @@ def show_info(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; each command sets `run`, a function from its arguments to the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m autoint_fast", description="AutoInt's interacting layer, fused."
-    )
+    parser = argparse.ArgumentParser("python -m autoint_fast", description="AutoInt's interacting layer, fused.")
     parser.add_argument("--version", action="version", version=f"autoint_fast {__version__}")
     parser.set_defaults(run=show_info)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -52,7 +51,8 @@ class Engine(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
-ENGINES = MappingProxyType({"triton": cast(Engine, triton_engine), "torch": cast(Engine, torch_engine)})
+# A dict, not a MappingProxyType, which Dynamo refuses once the compiled code has changed any dict.
+ENGINES: Mapping[str, Engine] = {"triton": cast(Engine, triton_engine), "torch": cast(Engine, torch_engine)}
 BACKENDS = ("auto", *ENGINES, "reference")
 
 
@@ -86,7 +86,11 @@ def choose(backend: str, call: Call) -> str:
     Raises ValueError with every reason where an explicitly named engine cannot run it.
     """
     if backend == "auto":
-        return next((name for name in preference(call) if not ENGINES[name].unsupported(call)), "reference")
+        # A loop, not next() with a default, which Dynamo of torch 2.7 does not trace.
+        for name in preference(call):
+            if not ENGINES[name].unsupported(call):
+                return name
+        return "reference"
     if backend == "reference":
         return backend
     reasons = ENGINES[backend].unsupported(call)
@@ -103,9 +107,7 @@ class Why(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"this call runs on: {self.choice}"]
-        lines += [
-            f"  {name}: {'; '.join(why) if why else 'could run it'}" for name, why in self.reasons.items()
-        ]
+        lines += [f"  {name}: {'; '.join(why) if why else 'could run it'}" for name, why in self.reasons.items()]
         return "\n".join(lines)
 
 

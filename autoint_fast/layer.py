@@ -87,9 +87,7 @@ class InteractingLayer(ReferenceInteractingLayer):
         from the converted parameters. Raises ValueError in training mode.
         """
         if self.training:
-            raise ValueError(
-                "freeze: expected a layer in eval mode, got one in training mode; call eval() first"
-            )
+            raise ValueError("freeze: expected a layer in eval mode, got one in training mode; call eval() first")
         # Inference tensors could not take part in a later gradient with respect to x.
         with torch.inference_mode(False), torch.no_grad():
             p = self.interacting_parameters()

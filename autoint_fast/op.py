@@ -40,7 +40,7 @@ def layout_of(p: InteractingParameters, n_head: int) -> Layout:
 
 def _full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Keeps an ambient autocast away from the engines' own matmuls, in the forward and in the backward."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -171,9 +171,7 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _fold_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.autoint_fast.fold_backward(
-        grad, list(ctx.saved_tensors), ctx.n_head, ctx.backend, ctx.wanted
-    )
+    grads = torch.ops.autoint_fast.fold_backward(grad, list(ctx.saved_tensors), ctx.n_head, ctx.backend, ctx.wanted)
     return [g if want else None for g, want in zip(grads, ctx.wanted, strict=True)], None, None
 
 
@@ -188,9 +186,7 @@ def _interact_op(
 
 
 @_interact_op.register_fake
-def _(
-    x: Tensor, packed: Tensor, mask: Tensor | None, n_head: int, out_size: int, backend: str, needs: int
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, mask: Tensor | None, n_head: int, out_size: int, backend: str, needs: int) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], out_size)
 
 
@@ -303,9 +299,7 @@ def interact(x: Tensor, weights: FoldedWeights, mask: Tensor | None, backend: st
     packed, layout, needs = weights
     needs = needs | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0
     if _through_library(x):
-        return torch.ops.autoint_fast.interact(
-            x, packed, mask, layout.n_head, layout.out_size, backend, needs
-        )
+        return torch.ops.autoint_fast.interact(x, packed, mask, layout.n_head, layout.out_size, backend, needs)
     if needs:
         return _Interact.apply(x, packed, mask, layout, backend, needs)
     return _interact(x, packed, mask, layout, backend)

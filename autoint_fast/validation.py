@@ -62,9 +62,7 @@ def check_input(x: Tensor, emb_size: int, weights: Tensor) -> torch.dtype:
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point dtype, got {describe(x)}")
     if x.device != weights.device:
-        raise ValueError(
-            f"x: expected the device of the layer's weights, {weights.device}, got {describe(x)}"
-        )
+        raise ValueError(f"x: expected the device of the layer's weights, {weights.device}, got {describe(x)}")
     return compute_dtype(x, weights.dtype)
 
 
@@ -86,15 +84,9 @@ def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     if 1 <= mask.ndim <= 3:
         full = mask.reshape((1,) * (3 - mask.ndim) + tuple(mask.shape))
         rows, queries, keys = full.shape
-        if (
-            (rows == 1 or rows == batch)
-            and (queries == 1 or queries == fields)
-            and (keys == 1 or keys == fields)
-        ):
+        if (rows == 1 or rows == batch) and (queries == 1 or queries == fields) and (keys == 1 or keys == fields):
             return full
     hint = ""
     if mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] == fields:
         hint = "; two dimensions mean (F, F): a (B, F) mask of hidden fields is `mask[:, None]`"
-    raise ValueError(
-        f"mask: expected {expected}, here ({batch}, {fields}, {fields}), got {describe(mask)}{hint}"
-    )
+    raise ValueError(f"mask: expected {expected}, here ({batch}, {fields}, {fields}), got {describe(mask)}{hint}")

@@ -359,9 +359,7 @@ _EXTERNAL = (
         _arrange_sdpa,
         splits=True,
     ),
-    Contestant(
-        "compile", "torch.compile of the reference", _compiled, the_layer, _whole, only_at=("criteo",)
-    ),
+    Contestant("compile", "torch.compile of the reference", _compiled, the_layer, _whole, only_at=("criteo",)),
     Contestant(
         "mha",
         "nn.MultiheadAttention with a residual",

@@ -62,9 +62,7 @@ def _parse(columns: list[str]) -> tuple[list[float], list[int]]:
             raise ValueError(f"expected an integer or nothing in column {column}, got {text[:40]!r}")
     for column, text in enumerate(categorical, start=2 + NUMERIC):
         if text and not re.fullmatch(r"[0-9a-fA-F]{8}", text):
-            raise ValueError(
-                f"expected eight hexadecimal digits or nothing in column {column}, got {text[:40]!r}"
-            )
+            raise ValueError(f"expected eight hexadecimal digits or nothing in column {column}, got {text[:40]!r}")
     return (
         [float(text) if text else float("nan") for text in numeric],
         [int(text, 16) if text else -1 for text in categorical],

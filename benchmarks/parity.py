@@ -15,8 +15,8 @@ from torch import Tensor
 from .cases import Case
 from .contestants import Bout, Contestant, reference_layer, the_layer
 
-# Samples do not depend on one another: these stand for the batch, and truth is not needed for all of it.
-SAMPLES = 64
+# Samples do not depend on one another: as many as have so many rows stand for the batch.
+ROWS = 2500
 # What plain errs is itself chance: it is the worst of the formula in so many orders of summation.
 ROUNDINGS = 4
 
@@ -27,7 +27,8 @@ def violation(contestant: Contestant, case: Case, bout: Bout) -> str:
     The layer runs on the whole batch, exactly as it is timed. It is judged by samples from the first to the
     last: the gradient of all others is set to zero, so that these alone make the gradients of the weights.
     """
-    samples = torch.linspace(0, case.batch - 1, min(case.batch, SAMPLES), device=bout.x.device).round().long()
+    count = min(case.batch, max(1, ROWS // case.shape.fields))
+    samples = torch.linspace(0, case.batch - 1, count, device=bout.x.device).round().long()
     x = bout.x.detach()[samples]
     layer = reference_layer(case) if contestant.definition is the_layer else bout.module
     parameters = [p.detach() for p in layer.parameters()]
@@ -43,9 +44,7 @@ def violation(contestant: Contestant, case: Case, bout: Bout) -> str:
         return _compare({"out": out}, [{"out": run.out} for run in plain], {"out": exact.out})
 
     # A relu that changes sides near zero changes a gradient by whole units in correct code.
-    certain = torch.stack([(run.out > 0).eq(exact.out > 0) for run in plain]).all(0) & (out > 0).eq(
-        exact.out > 0
-    )
+    certain = torch.stack([(run.out > 0).eq(exact.out > 0) for run in plain]).all(0) & (out > 0).eq(exact.out > 0)
     draw = torch.Generator().manual_seed(2)
     grad = torch.randn(out.shape, generator=draw).to(out).masked_fill(~certain, 0.0)
     whole_grad = torch.zeros_like(whole).index_copy_(0, samples, grad)
@@ -84,9 +83,7 @@ def _named(out: Tensor, grads: Sequence[Tensor]) -> dict[str, Tensor]:
     return tensors | ({"gradient of the biases": torch.cat(biases)} if biases else {})
 
 
-def _compare(
-    got: Mapping[str, Tensor], plain: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]
-) -> str:
+def _compare(got: Mapping[str, Tensor], plain: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> str:
     for name, truth in exact.items():
         if broken := _broken(got[name], [run[name] for run in plain], truth):
             return f"{name}: {broken}"

@@ -53,9 +53,7 @@ def _draw(rows: Sequence[ResultRow], target: Path) -> None:
     from matplotlib import pyplot
 
     known = list(SHAPES)
-    by_table = sorted(
-        rows, key=lambda row: known.index(row["shape"]) if row["shape"] in known else len(known)
-    )
+    by_table = sorted(rows, key=lambda row: known.index(row["shape"]) if row["shape"] in known else len(known))
     shapes = list(dict.fromkeys(_shape(row) for row in by_table))
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     names = _ordered({row["contestant"] for row in rows})
@@ -97,14 +95,10 @@ def _line(
 ) -> tuple[list[int], list[float], list[float], list[float]]:
     """Batch sizes, and samples per second at the median, at p80 and at p20 of the time."""
     points = {
-        int(row["batch"]): row
-        for row in rows
-        if (row["mode"], _shape(row), row["contestant"]) == (mode, shape, name)
+        int(row["batch"]): row for row in rows if (row["mode"], _shape(row), row["contestant"]) == (mode, shape, name)
     }
     batch = sorted(points)
-    speeds = (
-        [b / float(points[b][column]) * 1e3 for b in batch] for column in ("p50_ms", "p80_ms", "p20_ms")
-    )
+    speeds = ([b / float(points[b][column]) * 1e3 for b in batch] for column in ("p50_ms", "p80_ms", "p20_ms"))
     return batch, *speeds  # type: ignore[return-value]
 
 

@@ -133,9 +133,7 @@ def table(rows: Sequence[Row], ours: Collection[str]) -> Table:
     for name in ("p50 ms", "p20 - p80", "samples/s", "x reference", "x SDPA", "extra MiB"):
         result.add_column(name, justify="right", no_wrap=True)
     result.add_column("notes", overflow="fold")
-    for _, group in groupby(
-        rows, key=lambda row: (row.shape, row.fields, row.emb_size, row.n_head, row.batch)
-    ):
+    for _, group in groupby(rows, key=lambda row: (row.shape, row.fields, row.emb_size, row.n_head, row.batch)):
         case = list(group)
         for label, row in zip_longest(_labels(case[0]), case):
             if row is None:

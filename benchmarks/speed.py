@@ -23,6 +23,8 @@ T = TypeVar("T", int, float)
 
 # A pipe has no width of its own, and rows that wrap cannot be read.
 PIPE_WIDTH = 150
+# As a shell has it for a process that ended by SIGINT.
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
@@ -33,9 +35,15 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
     written = [options.out / report.CSV_NAME]
+    rows: list[Row] = []
+    interrupted = False
     try:
         _prepare(options, parser, errors)
-        rows = list(_run(options, errors))
+        try:
+            rows.extend(_run(options, errors))
+        except KeyboardInterrupt:
+            interrupted = True
+            errors.print("Interrupted; what follows is what was measured until then.", style="yellow")
         if not rows:
             parser.error("nothing was measured: none of the contestants takes part in any of the cases")
         if options.plot and any(row.p50_ms for row in rows):
@@ -45,6 +53,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
     _show(rows, console)
     for path in written:
         console.print(str(path), style="dim", highlight=False, soft_wrap=True)
+    if interrupted:
+        return INTERRUPTED
     return 1 if any(row.parity == FAILED and CONTESTANTS[row.contestant].ours for row in rows) else 0
 
 
@@ -69,9 +79,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "largest batch of criteo)",
     )
     what.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: fp32")
-    what.add_argument(
-        "--full", action="store_true", help="every named shape, batches up to 65,536 (on a CPU: hours)"
-    )
+    what.add_argument("--full", action="store_true", help="every named shape, batches up to 65,536 (on a CPU: hours)")
     what.add_argument(
         "--criteo",
         metavar="FILE",
@@ -91,8 +99,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_at_least(0.0, float),
         default=Plan().seconds,
         metavar="S",
-        help=f"without --rounds: seconds of timing per case, and {LEAST_ROUNDS} rounds at least "
-        "(default: %(default)s)",
+        help=f"without --rounds: seconds of timing per case, and {LEAST_ROUNDS} rounds at least (default: %(default)s)",
     )
     how.add_argument(
         "--no-memory",
@@ -200,11 +207,7 @@ def _run(options: argparse.Namespace, errors: Console) -> Iterator[Row]:
             # Memory grows with the batch, so the largest tells; compiling is worth it once.
             largest = case.batch == max(other.batch for other in cases if other.shape == case.shape)
             plan = Plan(options.rounds, options.seconds, options.memory and largest)
-            try:
-                rows = compare(case, _field(options, case, largest), plan, advance, load=load)
-            except KeyboardInterrupt:
-                errors.print("Interrupted; what follows is what was measured until then.", style="yellow")
-                return
+            rows = compare(case, _field(options, case, largest), plan, advance, load=load)
             report.update_csv(options.out / report.CSV_NAME, rows)
             yield from rows
 

@@ -208,7 +208,7 @@ def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype) -
 
 
 def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
-    """`shift`: whether the largest score of each row is subtracted, as softmax does; without, it is where needed."""
+    """`shift`: subtract the largest score of each row, as softmax does; without, only a block that needs it does."""
     x, mask = block.x, block.mask
     n, f, e = x.shape
     q = torch.addmm(weights.c, x.view(n * f, e), weights.a).view(n, -1, e)
@@ -234,10 +234,13 @@ def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
     return _Attention(q, w, scale, torch.bmm(w.mT, x).mul_(scale.mT))
 
 
-def _must_shift(x: Tensor) -> bool:
-    """On other devices than CPUs looking at the sums would wait for them; with one key P has to be exactly one, or
-    rounding would pass for a gradient of the scores."""
-    return x.device.type != "cpu" or x.shape[1] == 1
+def _must_shift(x: Tensor, mask: Tensor | None) -> bool:
+    """Whether the largest score of each row has to be subtracted in any case.
+
+    A row with one key must have P = 1 exactly, or rounding would pass for a gradient of its score. And on other devices
+    than a CPU, looking at the sums means waiting for them.
+    """
+    return mask is not None or x.shape[1] == 1 or x.device.type != "cpu"
 
 
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
@@ -246,7 +249,7 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     width = _width(layout, x.device)
     weights = _matrices(_widened(packed, layout, width), width)
     bias = weights.b + weights.g if mask is None else weights.b
-    shift = _must_shift(x)
+    shift = _must_shift(x, mask)
     out = x.new_empty(batch, fields, layout.out_size)
     for block in _blocks(x, mask, width, packed.dtype):
         z = _attend(block, weights, shift).z
@@ -270,7 +273,7 @@ def interact_backward(
     weights = _matrices(_widened(packed, layout, width), width)
     # Gradients of the scores are those of exponents of 2.
     to_z, to_q, to_x = weights.m.t() * LN2, weights.a.t(), weights.r.t()
-    shift = _must_shift(x)
+    shift = _must_shift(x, mask)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
     d_packed = packed.new_zeros(width.numel)
     d = _matrices(d_packed, width)

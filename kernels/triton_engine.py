@@ -58,9 +58,12 @@ def unsupported(call: Call) -> list[str]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
 def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, a second and more.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -122,9 +125,7 @@ def fold_backward(
     return grads
 
 
-def interact(
-    x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, config: Config | None = None
-) -> Tensor:
+def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, config: Config | None = None) -> Tensor:
     """As `torch_engine.interact`, in one launch. `config` forces a cut other than the shape's own."""
     from .triton_launch import dot_precision, forward_config, forward_launch, mask_arguments
 

@@ -119,16 +119,15 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
 def backward_config(n_fields: int, precision: str) -> Config:
     """The backward's cut: with 16 rows there is room for every accumulator without spilling."""
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK else BLOCK
-    return Config(precision, pack=packed_samples(n_fields), keys=keys, programs_per_sm=8)
+    maxnreg = 255 if precision == "tf32" else None
+    return Config(precision, pack=packed_samples(n_fields), keys=keys, programs_per_sm=8, maxnreg=maxnreg)
 
 
 def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[int, tuple[Any, ...]]:
     """The kind of a 3-D mask, and (pointer, stride_b, stride_q, stride_k), 0 where it broadcasts."""
     if mask is None:
         return MASK_NONE, (stand_in, 0, 0, 0)
-    strides = tuple(
-        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
-    )
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     return (MASK_KEYS if strides[1] == 0 else MASK_PAIRS), (mask, *strides)
 
 
@@ -152,9 +151,7 @@ def fold_launch(p: InteractingParameters, packed: Tensor, layout: Layout) -> Lau
     return Launch(triton_fold.fold, (h * ne * (ne + no) + no,), args, options)
 
 
-def unfold_launch(
-    grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor | None], layout: Layout
-) -> Launch:
+def unfold_launch(grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor | None], layout: Layout) -> Launch:
     """The gradient of the packed weights into those of the parameters that are there."""
     h, e, o = layout
     ne, no = -(-e // BLOCK), -(-o // BLOCK)
@@ -235,9 +232,7 @@ def reduce_launch(partial: Tensor, total: Tensor, layout: Layout, needs: int) ->
     """The rows of `partial` added up, the parts nobody needs zero."""
     h, e, o = layout
     options = {"E": e, "H": h, "O": o, **_needed_parts(needs), "ROWS": 32, "COLUMNS": 64, "num_warps": 4}
-    return Launch(
-        triton_fold.reduce_partial, (-(-layout.numel // 64),), (partial, total, partial.shape[0]), options
-    )
+    return Launch(triton_fold.reduce_partial, (-(-layout.numel // 64),), (partial, total, partial.shape[0]), options)
 
 
 def _needed_parts(needs: int) -> dict[str, bool]:

@@ -146,11 +146,7 @@ def block_pointers(pointer, top, left, rows, columns, stride):
     The known part comes last, in 64 bits: so every block of a matrix shares one set of addresses and differs in the
     immediate offset of its loads. Folded into rows and columns, it would cost registers per block.
     """
-    return (
-        pointer
-        + (rows.to(tl.int64)[:, None] * stride + columns.to(tl.int64)[None, :])
-        + (top * stride + left)
-    )
+    return pointer + (rows.to(tl.int64)[:, None] * stride + columns.to(tl.int64)[None, :]) + (top * stride + left)
 
 
 @triton.jit
@@ -167,11 +163,7 @@ def load_block(pointer, top, left, rows, columns, stride, ROWS: tl.constexpr, CO
 @triton.jit
 def load_transposed(pointer, top, left, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The transpose of what `load_block` gives."""
-    pointers = (
-        pointer
-        + (rows.to(tl.int64)[None, :] * stride + columns.to(tl.int64)[:, None])
-        + (top * stride + left)
-    )
+    pointers = pointer + (rows.to(tl.int64)[None, :] * stride + columns.to(tl.int64)[:, None]) + (top * stride + left)
     if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
         return tl.load(pointers)
     else:

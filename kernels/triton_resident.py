@@ -221,9 +221,7 @@ def forward_resident(
             keys_x = keys_x + (x_k,)
             values = values + (finite(v_k, PACK, acc),)
             if MASK != MASK_PAIRS:
-                ceiling = load_ceiling(
-                    mask, i, k * BLOCK + i, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc
-                )
+                ceiling = load_ceiling(mask, i, k * BLOCK + i, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
                 ceilings = ceilings + (ceiling,)
         bad = poison(keys_x[0], PACK, acc)
         if UNROLL:

@@ -35,9 +35,7 @@ from .triton_resident import store_relu
 
 
 @triton.jit
-def _load_chunks(
-    pointer, rows, tile, batch, s_b, s_f, s_e, F: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr
-):
+def _load_chunks(pointer, rows, tile, batch, s_b, s_f, s_e, F: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr):
     """Rows of a tile, as a tuple of 16-column chunks [R, 16]."""
     chunks = ()
     for e in tl.static_range(0, WIDTH, BLOCK):
@@ -296,9 +294,7 @@ def forward_streaming(
 
 
 @triton.jit
-def _add_block(
-    pointer, block, top, left, rows, columns, stride, age, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _add_block(pointer, block, top, left, rows, columns, stride, age, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """pointer[top + rows, left + columns] += block [R, 16]; at age 0 what stood there counts as zero."""
     inside = (rows[:, None] < ROWS - top) & (columns[None, :] < COLUMNS - left)
     pointers = block_pointers(pointer, top, left, rows, columns, stride)
@@ -398,9 +394,7 @@ def _differentiate_keys(
         for i in tl.static_range(len(q)):
             d_x = dot(p_t, d_z_right[i], tl.zeros((KEYS, BLOCK), acc), PRECISION)
             d_x = dot(d_s_t, q_right[i], d_x, PRECISION)
-            _add_block(
-                scratch, d_x, 0, i * BLOCK, keys, tl.arange(0, BLOCK), E, age, BLOCK if PACK > 1 else F, E
-            )
+            _add_block(scratch, d_x, 0, i * BLOCK, keys, tl.arange(0, BLOCK), E, age, BLOCK if PACK > 1 else F, E)
     return d_q
 
 
@@ -466,9 +460,7 @@ def backward(
                     age_of_head = t - pid + first_row
                     rows = first_row + tl.arange(0, ROWS) + t * nought
                     x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-                    d_y = _load_output_gradient(
-                        grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc
-                    )
+                    d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
                     q = _queries(x_rows, weights, h, i, E, H, PRECISION, REORDER)
                     m_h = (E + 1) * H * E + h * E * O
                     d_z = ()
@@ -476,9 +468,7 @@ def backward(
                         for e in tl.static_range(0, E, BLOCK):
                             d_z_e = tl.zeros((ROWS, BLOCK), acc)
                             for o in tl.static_range(len(d_y)):
-                                m_t = load_transposed(
-                                    weights + m_h, e, o * BLOCK, restoring(i, REORDER), i, O, E, O
-                                )
+                                m_t = load_transposed(weights + m_h, e, o * BLOCK, restoring(i, REORDER), i, O, E, O)
                                 d_z_e = dot(d_y[o], m_t.to(dtype), d_z_e, PRECISION)
                             d_z = d_z + (as_operand(d_z_e.to(dtype), REORDER),)
                     reference, _, scale, delta, z = _attend(
@@ -498,9 +488,7 @@ def backward(
                             z_t = tl.trans(z[e].to(dtype))
                             for o in tl.static_range(len(d_y)):
                                 d_m = dot(z_t, d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
-                                _add_block(
-                                    partial + m_h, d_m, e * BLOCK, o * BLOCK, i, i, O, age_of_head, E, O
-                                )
+                                _add_block(partial + m_h, d_m, e * BLOCK, o * BLOCK, i, i, O, age_of_head, E, O)
                     if NEED_INPUT or NEED_SCORES:
                         d_z_right = ()
                         q_right = ()
@@ -547,9 +535,7 @@ def backward(
                                 )
                                 d_q_j = d_q[j].to(dtype)
                                 for e in tl.static_range(len(x_rows)):
-                                    d_a = dot(
-                                        tl.trans(x_rows[e]), d_q_j, tl.zeros((BLOCK, BLOCK), acc), PRECISION
-                                    )
+                                    d_a = dot(tl.trans(x_rows[e]), d_q_j, tl.zeros((BLOCK, BLOCK), acc), PRECISION)
                                     _add_block(
                                         partial + h * E,
                                         d_a,

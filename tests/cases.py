@@ -150,9 +150,7 @@ def misaligned(t: Tensor) -> Tensor:
 def piece_of_cat(t: Tensor) -> Tensor:
     """As the gradient of one of the pieces of `torch.cat(..., dim=-1)` comes."""
     b, f, _ = t.shape
-    return torch.cat((t.new_full((b, f, 3), torch.nan), t, t.new_full((b, f, 2), torch.nan)), dim=-1)[
-        ..., 3:-2
-    ]
+    return torch.cat((t.new_full((b, f, 3), torch.nan), t, t.new_full((b, f, 2), torch.nan)), dim=-1)[..., 3:-2]
 
 
 def one_sample_for_all(t: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ def errors(value: Tensor, truth: Tensor) -> Errors:
     if difference.numel() == 0:
         return Errors(0.0, 0.0, ())
     worst = torch.unravel_index(difference.argmax(), difference.shape)
-    return Errors(
-        difference.max().item(), difference.square().mean().sqrt().item(), tuple(int(i) for i in worst)
-    )
+    return Errors(difference.max().item(), difference.square().mean().sqrt().item(), tuple(int(i) for i in worst))
 
 
 def assert_close_to_truth(
@@ -62,9 +60,7 @@ def assert_close_to_truth(
         floor = torch.finfo(dtype).eps * scale
         bounds = (2 * allowed.maximum + floor, 2 * allowed.rms + floor)
     at = got.worst
-    where = (
-        f"worst at {at}: ours {ours[at]}, plain {plain[at]}, truth {truth[at]}" if at else "scalar or empty"
-    )
+    where = f"worst at {at}: ours {ours[at]}, plain {plain[at]}, truth {truth[at]}" if at else "scalar or empty"
     if maximum:
         assert got.maximum <= bounds[0], f"{name}: maximum error {got.maximum:.3e} > {bounds[0]:.3e}; {where}"
     assert got.rms <= bounds[1], f"{name}: RMS error {got.rms:.3e} > {bounds[1]:.3e}; {where}"

@@ -118,9 +118,7 @@ class EngineSuite:
         runs = assert_rule(self.forward, problems)
         if value:
             for (x, p, _, _), ours in zip(problems, runs, strict=True):
-                torch.testing.assert_close(
-                    ours.out, torch.relu(torch.nn.functional.linear(x, p.w_r, p.b_r + p.b_o))
-                )
+                torch.testing.assert_close(ours.out, torch.relu(torch.nn.functional.linear(x, p.w_r, p.b_r + p.b_o)))
                 assert not any(ours.grads[name].any() for name in ("w_q", "b_q", "w_k", "w_v", "b_v", "w_o"))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
@@ -160,9 +158,7 @@ class EngineSuite:
             torch.testing.assert_close(ours.grads[name], value, rtol=0, atol=1e-12, msg=name)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=short)
-    @pytest.mark.parametrize(
-        "layout", ["fields_first", "misaligned", "every_other_number", "one_sample_for_all"]
-    )
+    @pytest.mark.parametrize("layout", ["fields_first", "misaligned", "every_other_number", "one_sample_for_all"])
     def test_strides_of_other_dtypes(self, layout: str, dtype: torch.dtype) -> None:
         problems = [q._replace(x=LAYOUTS[layout](q.x)) for q in self.draw(self.layout_shape, dtype)]
         assert_rule(self.forward, problems, lay_out=GRAD_LAYOUTS[layout])
@@ -219,9 +215,7 @@ class EngineSuite:
         assert_rule(permuted, self.draw(mask_shape, form="(B,F,F)"))
 
     def test_backward_is_reproducible(self) -> None:
-        problem = draw_problem(
-            self.large_shape, mask=draw_mask("(B,1,F)", self.large_shape.b, self.large_shape.f)
-        )
+        problem = draw_problem(self.large_shape, mask=draw_mask("(B,1,F)", self.large_shape.b, self.large_shape.f))
         grad = torch.randn(problem.x.shape)
         one, two = run(self.forward, problem, grad), run(self.forward, problem, grad)
         assert torch.equal(one.out, two.out)
@@ -238,9 +232,7 @@ class EngineSuite:
         assert all(torch.equal(t, old) for t, old in zip(arguments, before, strict=True))
         given = {t.untyped_storage().data_ptr() for t in arguments}
         results = [ours.out, *ours.grads.values()]
-        assert not given & {t.untyped_storage().data_ptr() for t in results}, (
-            "a result shares an argument's memory"
-        )
+        assert not given & {t.untyped_storage().data_ptr() for t in results}, "a result shares an argument's memory"
 
     def test_output_is_contiguous(self) -> None:
         problem = draw_problem(self.layout_shape)
@@ -358,12 +350,8 @@ class EngineSuite:
         problem = draw_problem(shape, torch.float64, draw_mask("(B,F,F)", shape.b, shape.f))
         grad = torch.randn(problem.x.shape)
         expected = run(einsum, problem, grad).grads
-        leaves = [
-            t.detach().requires_grad_((i == index) == alone) for i, t in enumerate((problem.x, *problem.p))
-        ]
-        self.forward(leaves[0], InteractingParameters(*leaves[1:]), shape.h, problem.mask).backward(
-            grad.double()
-        )
+        leaves = [t.detach().requires_grad_((i == index) == alone) for i, t in enumerate((problem.x, *problem.p))]
+        self.forward(leaves[0], InteractingParameters(*leaves[1:]), shape.h, problem.mask).backward(grad.double())
         for leaf, (name, truth) in zip(leaves, expected.items(), strict=True):
             if not leaf.requires_grad:
                 assert leaf.grad is None
@@ -389,9 +377,7 @@ class EngineSuite:
         p = draw_problem(shape, dtype).p
         layout = Layout(h, e, e)
         packed = ENGINES[self.engine].fold(p, layout)
-        assert (
-            packed.dtype == folded_dtype(dtype) and packed.shape == (layout.numel,) and packed.is_contiguous()
-        )
+        assert packed.dtype == folded_dtype(dtype) and packed.shape == (layout.numel,) and packed.is_contiguous()
         q, k, v = (w.double().view(h, e, e) for w in (p.w_q, p.w_k, p.w_v))
         o = p.w_o.double().view(e, h, e)
         scale = math.log2(math.e) / math.sqrt(e)
@@ -403,15 +389,11 @@ class EngineSuite:
             p.b_o.double() + p.b_r.double(),
             torch.einsum("hd,ohd->o", p.b_v.double().view(h, e), o),
         )
-        for name, part, truth in zip(
-            layout.parts(packed)._fields, layout.parts(packed), expected, strict=True
-        ):
+        for name, part, truth in zip(layout.parts(packed)._fields, layout.parts(packed), expected, strict=True):
             tolerance = (8 * math.sqrt(h * e) * torch.finfo(packed.dtype).eps) * truth.abs().max()
             assert (part.double() - truth).abs().max() <= tolerance, f"part {name} of the folded weights"
 
-    @pytest.mark.parametrize(
-        "needs", [0, *(1 << bit for bit in range(5)), NEED_WEIGHTS, NEED_INPUT | NEED_WEIGHTS]
-    )
+    @pytest.mark.parametrize("needs", [0, *(1 << bit for bit in range(5)), NEED_WEIGHTS, NEED_INPUT | NEED_WEIGHTS])
     def test_backward_gives_what_is_needed(self, needs: int) -> None:
         """None for what nobody wants, zeros in the unwanted parts of the packed gradient."""
         shape = self.layout_shape

@@ -370,9 +370,7 @@ def test_memory_that_is_there_is_told() -> None:
 
 # --- the results --------------------------------------------------------------------------------------------
 
-ROW = report.Row(
-    "random", "tiny", 5, 8, 2, 70, FORWARD, "reference", "fp32", "cpu", 1, report.OK, 2, p50_ms=1.0
-)
+ROW = report.Row("random", "tiny", 5, 8, 2, 70, FORWARD, "reference", "fp32", "cpu", 1, report.OK, 2, p50_ms=1.0)
 
 
 def test_a_run_replaces_its_own_rows_only(tmp_path: Path) -> None:
@@ -443,10 +441,10 @@ def test_shapes_by_name_and_number() -> None:
 
 
 def test_the_whole_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks", "--shapes", "5x8x2", "--batch", "3", "70", "--rounds", "2"]
+    command = [sys.executable, "-m", "benchmarks", "--shapes", "5x8x2", "--batch", "20", "70", "--rounds", "2"]
     command += ["--contestants", "reference", "sdpa", "ours-torch", "ours-triton", "ours-frozen"]
     run = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
     with (tmp_path / report.CSV_NAME).open(newline="") as file:
         rows = list(csv.DictReader(file))
     # Two batches, forward: all five; forward+backward: all but frozen.

@@ -245,9 +245,7 @@ def test_export_with_a_dynamic_batch(backend: str, strict: bool, frozen: bool) -
         layer.freeze()
     batch = torch.export.Dim("batch")
     x, mask = torch.randn(3, 5, 8, dtype=torch.float64), draw_mask("(B,1,F)", 3, 5)
-    program = torch.export.export(
-        layer, (x, mask), dynamic_shapes={"x": {0: batch}, "mask": {0: batch}}, strict=strict
-    )
+    program = torch.export.export(layer, (x, mask), dynamic_shapes={"x": {0: batch}, "mask": {0: batch}}, strict=strict)
     for size in (3, 2, 64, 1001):
         x, mask = torch.randn(size, 5, 8, dtype=torch.float64), draw_mask("(B,1,F)", size, 5)
         assert errors(program.module()(x, mask), expected_output(layer, x, mask)).maximum <= 1e-12
@@ -292,9 +290,7 @@ def test_opcheck(dtype: torch.dtype, masked: bool) -> None:
     differentiable = packed.clone().requires_grad_()
     torch.library.opcheck(ops.fold.default, (leaves, h, "torch"))
     torch.library.opcheck(ops.fold.default, (list(p), h, "torch"))
-    torch.library.opcheck(
-        ops.fold_backward.default, (torch.randn_like(packed), list(p), h, "torch", [True] * 10)
-    )
+    torch.library.opcheck(ops.fold_backward.default, (torch.randn_like(packed), list(p), h, "torch", [True] * 10))
     wanted = [True, False] * 5
     torch.library.opcheck(ops.fold_backward.default, (torch.randn_like(packed), list(p), h, "torch", wanted))
     torch.library.opcheck(ops.interact.default, (leaf, differentiable, mask, h, e, "torch", everything))
@@ -354,9 +350,7 @@ def test_make_fx(tracing: str) -> None:
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     graph = make_fx(step, tracing_mode=tracing)(parameters, x)
     names = {str(node.target) for node in graph.graph.nodes}
-    assert {
-        f"autoint_fast.{n}.default" for n in ("fold", "interact", "fold_backward", "interact_backward")
-    } <= names
+    assert {f"autoint_fast.{n}.default" for n in ("fold", "interact", "fold_backward", "interact_backward")} <= names
     x = torch.randn(9 if tracing == "symbolic" else 3, 5, 8, dtype=torch.float64)
     for got, expected in zip(graph(parameters, x), step(parameters, x), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)

@@ -168,9 +168,7 @@ def test_to_meta_and_back() -> None:
     assert_current(layer)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
 def test_copies_carry_it(copied: Callable[[nn.Module], nn.Module], inside: bool) -> None:
     layer = fresh().freeze()
@@ -188,9 +186,7 @@ def test_it_is_not_in_the_state_dict() -> None:
     assert list(layer.buffers()) == []
 
 
-@pytest.mark.parametrize(
-    "call", [lambda m: m.eval(), lambda m: m.train(False), lambda m: m.requires_grad_(False)]
-)
+@pytest.mark.parametrize("call", [lambda m: m.eval(), lambda m: m.train(False), lambda m: m.requires_grad_(False)])
 def test_eval_keeps_it(call: Callable[[nn.Module], nn.Module]) -> None:
     layer = fresh().freeze()
     call(nn.Sequential(layer))

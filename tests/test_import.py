@@ -11,9 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 def python(code: str) -> str:
     """What a fresh Python in the repository's root prints."""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -65,8 +63,6 @@ def test_public_names() -> None:
 def test_the_folder_of_engines_is_not_a_package_of_that_name() -> None:
     """Another project's package is called `kernels`; ours says where it really lives."""
     code = "import kernels"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode != 0 and "autoint_fast.kernels" in result.stderr
     assert python("import autoint_fast.kernels as k; print(k.__name__)") == "autoint_fast.kernels"

@@ -29,9 +29,7 @@ from tests.numerics import (
 from tests.original import OriginalLayer
 
 BACKENDS = ("auto", "torch", "reference")
-STATE = [
-    f"{part}.{kind}" for part in ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res") for kind in ("weight", "bias")
-]
+STATE = [f"{part}.{kind}" for part in ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res") for kind in ("weight", "bias")]
 
 
 def assert_current(layer: ReferenceInteractingLayer, x: Tensor | None = None) -> None:
@@ -380,9 +378,7 @@ def test_never_stale_in_any_parameter(name: str) -> None:
 
 def test_averaged_model() -> None:
     layer = InteractingLayer(2, 8).double()
-    average = torch.optim.swa_utils.AveragedModel(
-        layer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-    )
+    average = torch.optim.swa_utils.AveragedModel(layer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     for _ in range(3):
         _step(layer, torch.optim.SGD(layer.parameters(), 0.1))
         average.update_parameters(layer)
@@ -395,10 +391,7 @@ def test_averaged_model() -> None:
 def _grads(layer: nn.Module, x: Tensor, out: Tensor, grad: Tensor) -> dict[str, Tensor]:
     leaves = {"x": x, **dict(layer.named_parameters())}
     grads = torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True)
-    return {
-        name: torch.zeros_like(leaves[name]) if g is None else g
-        for name, g in zip(leaves, grads, strict=True)
-    }
+    return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(leaves, grads, strict=True)}
 
 
 def assert_as_reference(layer: InteractingLayer, mask: Tensor | None = None) -> None:
@@ -406,9 +399,7 @@ def assert_as_reference(layer: InteractingLayer, mask: Tensor | None = None) -> 
     x = torch.randn(3, 5, layer.emb_size, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(3, 5, layer.emb_size, dtype=torch.float64)
     ours = layer(x, mask)
-    truth, _ = interacting_reference(
-        x, layer.interacting_parameters(), layer.n_head, as_three_dimensions(mask)
-    )
+    truth, _ = interacting_reference(x, layer.interacting_parameters(), layer.n_head, as_three_dimensions(mask))
     assert_close_to_truth("out", ours, truth, truth.detach())
     got, expected = _grads(layer, x, ours, grad), _grads(layer, x, truth, grad)
     largest = max(value.abs().max().item() for value in expected.values())
@@ -592,16 +583,17 @@ def test_return_attention(backend: str, form: str | None) -> None:
 
 
 def test_attention_costs_nothing_unless_asked_for() -> None:
-    layer = InteractingLayer(2, 8, backend="torch").eval()
-    x = torch.randn(4, 9, 8)
+    b, f, e, h = 4, 9, 16, 2
+    layer = InteractingLayer(h, e, backend="torch").eval()
+    x = torch.randn(b, f, e)
     counts = []
     for asked in (False, True):
         with torch.no_grad(), Multiplications() as counter:
             layer(x, return_attention=asked)
         counts.append(counter.count)
-    folding = 2 * (8 + 1) * 8 * 8 + 2 * 8 * 8 * 8 + 2 * 8 * 8  # A and c, M, g
-    assert counts[0] <= 4 * 9 * 2 * 8 * (2 * 8 + 2 * 9) + 4 * 9 * 8 * 8 + folding
-    assert counts[1] >= counts[0] + 4 * 9 * 2 * 8 * (2 * 8 + 9)
+    folding = h * (e + 1) * e * e + h * e * e * e + h * e * e  # A and c, M, g
+    assert counts[0] <= b * f * h * e * (2 * e + 2 * f) + b * f * e * e + folding
+    assert counts[1] >= counts[0] + b * f * h * e * (2 * e + f)  # Q, K and the scores
 
 
 # --- training ---------------------------------------------------------------------------------------------

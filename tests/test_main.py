@@ -54,9 +54,7 @@ def test_every_engine_is_named(report: list[str]) -> None:
 
 
 def test_as_a_module() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "autoint_fast"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-m", "autoint_fast"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("versions\n")
 
@@ -125,9 +123,7 @@ def pretend(
     monkeypatch: pytest.MonkeyPatch, cuda: int = 0, xpu: int = 0, built_for: Mapping[str, str] | None = None
 ) -> None:
     """As on a machine with so many devices and a torch built for these versions of what drives them."""
-    properties = SimpleNamespace(
-        name="A device", major=9, minor=0, gcnArchName="gfx942", total_memory=80 * 2**30
-    )
+    properties = SimpleNamespace(name="A device", major=9, minor=0, gcnArchName="gfx942", total_memory=80 * 2**30)
     for kind, count in (("cuda", cuda), ("xpu", xpu)):
         module = getattr(torch, kind)
         monkeypatch.setattr(module, "is_available", lambda count=count: count > 0)

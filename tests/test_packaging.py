@@ -68,9 +68,7 @@ def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def build(kind: str, sources: Path, to: Path) -> Path:
     """The one file that building a "wheel" or an "sdist" with this environment's setuptools gives."""
-    run(
-        [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", to, sources], cwd=to.parent
-    )
+    run([sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", to, sources], cwd=to.parent)
     (built,) = to.iterdir()
     return built
 
@@ -207,16 +205,12 @@ class Installed:
     def probe(self, cwd: Path) -> dict[str, str]:
         answer: dict[str, str] = json.loads(run([self.python, "-c", PROBE], cwd=cwd))
         assert answer["gradient"] is True
-        assert (
-            f"autoint_fast {autoint_fast.__version__} ({Path(answer['package']).parent})" in answer["report"]
-        )
+        assert f"autoint_fast {autoint_fast.__version__} ({Path(answer['package']).parent})" in answer["report"]
         return answer
 
 
 @pytest.fixture(scope="module")
-def installed(
-    request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Installed:
+def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(request.param, tmp_path_factory.mktemp(request.param), wheel)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,39 +20,35 @@ pytestmark = [
 ]
 
 
-def run_pytest(folder: str, environment: dict[str, str]) -> None:
-    """Runs the tests of a folder in a child and fails with what it printed."""
+FOLDERS = {
+    "interpreted": {"TRITON_INTERPRET": "1"},  # the kernels, run by Triton's interpreter on the CPU
+    "compiled": {},  # the kernels, compiled for GPUs that need not be there
+}
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """A pytest of its own per folder, all at once: each keeps one core busy for minutes."""
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        f"tests/{folder}",
-    ]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**variables, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        pytest.fail(
-            f"{' '.join(command[1:])} ended with {result.returncode}:\n{result.stdout}", pytrace=False
+    running = {
+        folder: subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"tests/{folder}"],
+            cwd=ROOT,
+            env={**variables, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        for folder, environment in FOLDERS.items()
+    }
+    yield running
+    for child in running.values():
+        child.kill()
 
 
-def test_interpreted() -> None:
-    """The Triton kernels, run by Triton's interpreter on the CPU."""
-    run_pytest("interpreted", {"TRITON_INTERPRET": "1"})
-
-
-def test_compiled() -> None:
-    """The Triton kernels, compiled for GPUs that need not be there."""
-    run_pytest("compiled", {})
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folder(folder: str, children: dict[str, subprocess.Popen[str]]) -> None:
+    """Fails with what the child printed."""
+    output, _ = children[folder].communicate()
+    if children[folder].returncode != 0:
+        pytest.fail(f"pytest tests/{folder} ended with {children[folder].returncode}:\n{output}", pytrace=False)

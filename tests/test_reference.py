@@ -47,9 +47,7 @@ def assert_is_by_hand(problem: Problem) -> None:
     np.testing.assert_allclose(attention.transpose(0, 1), expected_attention, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "shape", [Shape(2, 5, 4, 3), Shape(3, 1, 1, 1), Shape(1, 7, 16, 2), Shape(0, 3, 2, 2)]
-)
+@pytest.mark.parametrize("shape", [Shape(2, 5, 4, 3), Shape(3, 1, 1, 1), Shape(1, 7, 16, 2), Shape(0, 3, 2, 2)])
 def test_every_number(shape: Shape) -> None:
     assert_is_by_hand(draw_problem(shape, torch.float64))
 

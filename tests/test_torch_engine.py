@@ -44,7 +44,7 @@ class TestTorchEngine(EngineSuite):
 @pytest.mark.parametrize("fields", [1, 7, 39, 200])
 def test_block_boundaries(fields: int, blocks: int, off: int) -> None:
     """A sample fewer, as many, and one more than fill the blocks."""
-    batch = blocks * (torch_engine.BLOCK_ROWS // fields) + off
+    batch = blocks * (torch_engine.BLOCK_ROWS * torch.get_num_threads() // fields) + off
     mask = draw_mask("(B,1,F)", batch, fields) if off else None
     assert_rule(FORWARD, [draw_problem(Shape(batch, fields, 4, 2), torch.float64, mask)])
 
@@ -70,6 +70,33 @@ def test_several_threads_inside(threads: int) -> None:
         assert_rule(FORWARD, [draw_problem(Shape(200, 39, 16, 2))])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("shifted", [False, True])
+def test_both_ways_of_softmax(shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the largest score of each row subtracted, whatever the scores call for."""
+    looked: list[bool] = []
+
+    def must_shift(x: Tensor, mask: Tensor | None) -> bool:
+        looked.append(shifted)
+        return shifted
+
+    monkeypatch.setattr(torch_engine, "_must_shift", must_shift)
+    for dtype in (torch.float32, torch.float64):
+        assert_rule(FORWARD, [draw_problem(Shape(5, 13, 16, 2), dtype) for _ in range(8)])
+    assert looked
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("scale", [3.0, 10.0, 20.0])
+def test_a_block_that_needs_the_shift_among_others(scale: float) -> None:
+    """One sample of a block has large scores, or large negative ones throughout; so have all of another."""
+    shape = Shape(3 * (torch_engine.BLOCK_ROWS * torch.get_num_threads() // 13), 13, 16, 2)
+    problem = draw_problem(shape, torch.float64)
+    problem.x[5] *= scale
+    problem.x[-shape.b // 3 :] *= scale
+    assert_rule(FORWARD, [problem])
 
 
 # --- work not done ----------------------------------------------------------------------------------------
@@ -101,9 +128,7 @@ def test_no_work_for_unwanted_gradients() -> None:
         ({"x"}, narrow),
     ):
         less = work_of(problem, everything - frozen)
-        assert less <= full - saved, (
-            f"without {frozen}: {less} of {full} multiplications, {saved} should be saved"
-        )
+        assert less <= full - saved, f"without {frozen}: {less} of {full} multiplications, {saved} should be saved"
 
 
 def test_no_attention_for_gradients_that_do_not_pass_it() -> None:
@@ -164,9 +189,7 @@ def test_mask_is_not_expanded(form: str) -> None:
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     """Any shape, any strides of x, any mask with any of its dimensions expanded, fp64."""
-    shape = Shape(
-        draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
-    )
+    shape = Shape(draw(st.integers(0, 9)), draw(st.integers(1, 12)), draw(st.integers(1, 9)), draw(st.integers(1, 4)))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     problem = draw_problem(shape, torch.float64)
     x = problem.x

@@ -132,9 +132,7 @@ def test_why_inside_a_transform() -> None:
         return layer(x)
 
     torch.func.vmap(call)(draw_x(2, 3, 5, 4))
-    assert seen[0].choice == "reference" and any(
-        "torch.func" in reason for reason in seen[0].reasons["torch"]
-    )
+    assert seen[0].choice == "reference" and any("torch.func" in reason for reason in seen[0].reasons["torch"])
 
 
 # --- gradients of gradients, gradients in bulk, forward mode ----------------------------------------------

@@ -74,9 +74,7 @@ def mask_of(kind: str, fields: int) -> Tensor | None:
     return meta(*shapes[kind], dtype=torch.bool) if kind in shapes else None
 
 
-def forward(
-    shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none"
-) -> tuple[Launch, Config]:
+def forward(shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none") -> tuple[Launch, Config]:
     fields, emb_size, n_head = shape
     dtype, allow_tf32 = PRECISIONS[precision]
     layout, target = Layout(n_head, emb_size, emb_size), target_of(arch)
@@ -87,9 +85,7 @@ def forward(
     return launch, config
 
 
-def backward(
-    shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none", needs: int = -1
-) -> Launch:
+def backward(shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none", needs: int = -1) -> Launch:
     fields, emb_size, n_head = shape
     dtype, allow_tf32 = PRECISIONS[precision]
     layout, target = Layout(n_head, emb_size, emb_size), target_of(arch)
@@ -101,9 +97,7 @@ def backward(
 
 
 @functools.cache
-def compiled(
-    direction: str, shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none"
-) -> Binary:
+def compiled(direction: str, shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none") -> Binary:
     if direction == "forward":
         return compile_launch(forward(shape, precision, arch, mask)[0], arch)
     return compile_launch(backward(shape, precision, arch, mask), arch)

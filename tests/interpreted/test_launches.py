@@ -59,9 +59,7 @@ def test_frozen_weights_still_give_the_gradient_of_x(launches: list[str]) -> Non
 class Case:
     """Folded weights, an input, a mask and a gradient, and what the folded algebra in fp64 makes of them."""
 
-    def __init__(
-        self, batch: int, fields: int, emb_size: int, n_head: int, dtype: torch.dtype, mask: str
-    ) -> None:
+    def __init__(self, batch: int, fields: int, emb_size: int, n_head: int, dtype: torch.dtype, mask: str) -> None:
         self.layout = Layout(n_head, emb_size, emb_size)
         self.packed = torch.randn(self.layout.numel, dtype=torch.float64).div_(emb_size**0.5).to(dtype)
         self.x = torch.randn(batch, fields, emb_size, dtype=dtype)
@@ -114,9 +112,7 @@ def test_backward_cuts(rows: int, keys: int, precision: str) -> None:
     assert_near("gradient of the weights", d_packed, case.d_packed, TOLERANCE[precision])
 
 
-@pytest.mark.parametrize(
-    ("fields", "mask"), [(1, "none"), (2, "keys"), (3, "pairs"), (7, "keys"), (8, "none")]
-)
+@pytest.mark.parametrize(("fields", "mask"), [(1, "none"), (2, "keys"), (3, "pairs"), (7, "keys"), (8, "none")])
 def test_packed_samples(fields: int, mask: str) -> None:
     """Samples that share a tile, in a batch that does not fill the last one, and one sample a tile all the same."""
     case = Case(packed_samples(fields) + 1, fields, 16, 2, torch.float64, mask)
