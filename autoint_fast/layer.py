@@ -48,7 +48,7 @@ class InteractingLayer(ReferenceInteractingLayer):
         dispatch.check_backend(backend)
         super().__init__(n_head, emb_size, dropout, device=device, dtype=dtype)
         self.backend = backend
-        self._frozen: Tensor | None = None
+        self._frozen: tuple[InteractingParameters, Tensor] | None = None
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
@@ -62,7 +62,7 @@ class InteractingLayer(ReferenceInteractingLayer):
 
         Raises TypeError or ValueError naming the argument.
         """
-        p = self.interacting_parameters()
+        p = self.interacting_parameters() if self._frozen is None else self._frozen[0]
         dtype = check_input(x, self.emb_size, p.w_q)
         mask = check_mask(mask, x)
         layout = Layout(self.n_head, self.emb_size, self.emb_size)
@@ -76,7 +76,7 @@ class InteractingLayer(ReferenceInteractingLayer):
 
     def _folded(self, p: InteractingParameters, backend: str) -> FoldedWeights:
         if self._frozen is not None:
-            return FoldedWeights(self._frozen, op.layout_of(p, self.n_head), needs=0)
+            return FoldedWeights(self._frozen[1], op.layout_of(p, self.n_head), needs=0)
         return op.fold(p, self.n_head, backend)
 
     def freeze(self) -> InteractingLayer:
@@ -90,11 +90,12 @@ class InteractingLayer(ReferenceInteractingLayer):
             raise ValueError("freeze: expected a layer in eval mode, got one in training mode; call eval() first")
         # Inference tensors could not take part in a later gradient with respect to x.
         with torch.inference_mode(False), torch.no_grad():
-            p = self.interacting_parameters()
+            p = InteractingParameters(*(t.detach().clone() for t in self.interacting_parameters()))
             layout = op.layout_of(p, self.n_head)
             call = dispatch.Call(p.w_q.device.type, p.w_q.dtype, 1, layout, transforms=False)
             backend = dispatch.explain("auto", call).choice
-            self._frozen = op.fold(p, self.n_head, backend if backend in dispatch.ENGINES else "torch").packed
+            packed = op.fold(p, self.n_head, backend if backend in dispatch.ENGINES else "torch").packed
+            self._frozen = (p, packed)
         return self
 
     def unfreeze(self) -> InteractingLayer:

@@ -64,6 +64,22 @@ def interacting_reference(
     return out, attention
 
 
+def _prepare_projection(name: str, projection: nn.Linear) -> None:
+    """The layer reads a projection's weights and never calls it: what relies on the call is done or refused here.
+
+    Raises TypeError for a projection with a forward of its own, RuntimeError for one with hooks.
+    """
+    if type(projection).forward is not nn.Linear.forward:
+        raise TypeError(f"{name}: expected a Linear with Linear's own forward, got a {type(projection).__name__}")
+    for hook in projection._forward_pre_hooks.values():
+        # Pruning and the older weight and spectral norms compute the weight in a hook before the call.
+        if not (hasattr(hook, "apply_mask") or hasattr(hook, "compute_weight")):
+            raise RuntimeError(f"{name}: a forward pre-hook on this projection would never run; put it on the layer")
+        hook(projection, ())
+    if projection._forward_hooks or projection._backward_hooks:
+        raise RuntimeError(f"{name}: a hook on this projection would never run; put it on the layer")
+
+
 class ReferenceInteractingLayer(nn.Module):
     """AutoInt's interacting layer in plain PyTorch: the definition, and the last resort.
 
@@ -110,6 +126,8 @@ class ReferenceInteractingLayer(nn.Module):
     def interacting_parameters(self) -> InteractingParameters:
         """The layer's tensors, read now, so that parametrisations and swapped parameters count."""
         q, k, v, o, r = self.w_qs, self.w_ks, self.w_vs, self.fc_attn, self.fc_res
+        for name in ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res"):
+            _prepare_projection(name, getattr(self, name))
         return InteractingParameters(
             q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, o.weight, o.bias, r.weight, r.bias
         )

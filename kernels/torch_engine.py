@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..reference import InteractingParameters
 
 # Rows (samples times fields) of a block for each thread: at H = 2 its scores then fit a core's second-level cache.
-BLOCK_ROWS = 2500
+BLOCK_ROWS = 2000
 # Matrices narrower than this are multiplied at half the speed or less on a CPU, so E and O are padded to it.
 LEAST_WIDTH = 16
 # Sums of 2^score in between can be used as they are; others need the largest score of each row subtracted first.
@@ -86,8 +86,10 @@ def fold_backward(
     grads: list[Tensor | None] = [None] * len(p)
     if want_q or want_bq:
         d_qb = torch.bmm(w_k.reshape(h, e, e), d_ac.mT)
-        grads[0] = d_qb[:, :, :e].reshape(h * e, e) if want_q else None
-        grads[1] = d_qb[:, :, e].reshape(h * e) if want_bq else None
+        # An operator's results may not share memory.
+        dense = torch.contiguous_format
+        grads[0] = d_qb[:, :, :e].clone(memory_format=dense).view(h * e, e) if want_q else None
+        grads[1] = d_qb[:, :, e].clone(memory_format=dense).view(h * e) if want_bq else None
     if want_k:
         w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
         grads[2] = torch.bmm(w_qb, d_ac).view(h * e, e)
@@ -166,7 +168,7 @@ def _padded(t: Tensor, width: int) -> Tensor:
 class _Mask(NamedTuple):
     """A block's mask, keys first as the scores are."""
 
-    bias: Tensor  # [n or 1, F or 1, F*H or 1]: minus infinity where hidden, else 0
+    ceiling: Tensor  # [n or 1, F or 1, F*H or 1]: minus infinity where hidden, else infinity
     empty: Tensor  # [n or 1, 1, F*H or 1], bool: not a single key
     empty_rows: Tensor  # [n or 1, F or 1, 1], bool: the same, for the rows of the output
 
@@ -175,6 +177,7 @@ class _Block(NamedTuple):
     rows: slice  # of the batch
     x: Tensor  # [n, F, E] in the dtype of the weights
     mask: _Mask | None
+    work: Sequence[Tensor]  # buffers [n, F, F*H], the same memory for every block: fresh pages cost too much
 
 
 class _Attention(NamedTuple):
@@ -190,21 +193,25 @@ def _keys_first(mask: Tensor, n_head: int, dtype: torch.dtype) -> _Mask:
     hidden = mask.mT
     if hidden.shape[2] > 1:
         hidden = hidden.repeat_interleave(n_head, dim=2)
-    # The logarithm of 0 and 1; masked_fill and where take several times as long.
-    bias = hidden.logical_not().to(dtype).log2_()
-    return _Mask(bias, hidden.all(1, keepdim=True), mask.all(2, keepdim=True))
+    # Scores cut off at a ceiling: masked_fill and where take several times as long.
+    ceiling = hidden.to(dtype).mul_(-2).add_(1).mul_(math.inf)
+    return _Mask(ceiling, hidden.all(1, keepdim=True), mask.all(2, keepdim=True))
 
 
-def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype) -> Iterator[_Block]:
+def _blocks(
+    x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype, n_buffers: int
+) -> Iterator[_Block]:
     batch, fields, _ = x.shape
-    size = max(1, BLOCK_ROWS * torch.get_num_threads() // fields)
+    size = min(batch, max(1, BLOCK_ROWS * torch.get_num_threads() // max(fields, 1)))
+    work = [x.new_empty(size, fields, fields * width.n_head, dtype=dtype) for _ in range(n_buffers)]
     shared = mask is not None and mask.shape[0] == 1
     block_mask = _keys_first(mask, width.n_head, dtype) if shared else None
-    for start in range(0, batch, size):
+    for start in range(0, batch if fields else 0, size or 1):
         rows = slice(start, min(start + size, batch))
         if mask is not None and not shared:
             block_mask = _keys_first(mask[rows], width.n_head, dtype)
-        yield _Block(rows, _padded(x[rows].to(dtype), width.emb_size), block_mask)
+        buffers = [t[: rows.stop - start] for t in work]
+        yield _Block(rows, _padded(x[rows].to(dtype), width.emb_size), block_mask, buffers)
 
 
 def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
@@ -212,9 +219,9 @@ def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
     x, mask = block.x, block.mask
     n, f, e = x.shape
     q = torch.addmm(weights.c, x.view(n * f, e), weights.a).view(n, -1, e)
-    scores = torch.bmm(x, q.mT)
+    scores = torch.bmm(x, q.mT, out=block.work[0])
     if mask is not None:
-        scores += mask.bias
+        torch.minimum(scores, mask.ceiling, out=scores)
     if shift:
         largest = scores.amax(1, keepdim=True)
         if mask is not None:
@@ -240,7 +247,7 @@ def _must_shift(x: Tensor, mask: Tensor | None) -> bool:
     A row with one key must have P = 1 exactly, or rounding would pass for a gradient of its score. And on other devices
     than a CPU, looking at the sums means waiting for them.
     """
-    return mask is not None or x.shape[1] == 1 or x.device.type != "cpu"
+    return mask is not None or x.shape[1] <= 1 or x.device.type != "cpu"
 
 
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
@@ -251,7 +258,7 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     bias = weights.b + weights.g if mask is None else weights.b
     shift = _must_shift(x, mask)
     out = x.new_empty(batch, fields, layout.out_size)
-    for block in _blocks(x, mask, width, packed.dtype):
+    for block in _blocks(x, mask, width, packed.dtype, n_buffers=1):
         z = _attend(block, weights, shift).z
         rows = block.x.view(-1, width.emb_size)
         y = torch.addmm(bias, rows, weights.r).addmm_(z.view(rows.shape[0], -1), weights.m)
@@ -277,7 +284,7 @@ def interact_backward(
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
     d_packed = packed.new_zeros(width.numel)
     d = _matrices(d_packed, width)
-    for block in _blocks(x, mask, width, packed.dtype):
+    for block in _blocks(x, mask, width, packed.dtype, n_buffers=2):
         n, f, e = block.x.shape
         rows = block.x.view(n * f, e)
         # As in torch's relu, a NaN output lets its gradient pass.
@@ -298,7 +305,7 @@ def interact_backward(
         if not needs & (NEED_INPUT | NEED_SCORES):
             continue
         d_z = torch.mm(d_y, to_z).view(z.shape).mul_(scale.mT)
-        d_scores = torch.bmm(block.x, d_z.mT).mul_(w)
+        d_scores = torch.bmm(block.x, d_z.mT, out=block.work[1]).mul_(w)
         delta = d_scores.sum(1, keepdim=True).mul_(scale)
         d_scores.addcmul_(w, delta, value=-1)
         d_q = torch.bmm(d_scores.mT, block.x).view(n * f, -1)
