@@ -33,6 +33,11 @@ SECOND_ORDER = (
     "to differentiate twice (gradient penalties, torch.autograd.functional.hessian)"
 )
 
+BATCHED = (
+    "autoint_fast: a fused engine cannot differentiate under vmap (is_grads_batched, torch.func.vmap); build the layer "
+    'with backend="reference" for that'
+)
+
 
 def layout_of(p: InteractingParameters, n_head: int) -> Layout:
     return Layout(n_head, p.w_q.shape[1], p.w_o.shape[0])
@@ -128,6 +133,8 @@ class _Interact(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise RuntimeError(BATCHED)
         x, packed, mask, out = ctx.saved_tensors
         run = _InteractBackward.apply if torch.is_grad_enabled() else _interact_backward
         d_x, d_packed = run(grad, x, packed, out, mask, ctx.layout, ctx.backend, ctx.needs)

@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from .validation import check_dropout, check_input, check_mask, check_size
+from .validation import check_dropout, check_input, check_mask, check_size, describe
 
 
 class InteractingParameters(NamedTuple):
@@ -126,11 +126,16 @@ class ReferenceInteractingLayer(nn.Module):
     def interacting_parameters(self) -> InteractingParameters:
         """The layer's tensors, read now, so that parametrisations and swapped parameters count."""
         q, k, v, o, r = self.w_qs, self.w_ks, self.w_vs, self.fc_attn, self.fc_res
-        for name in ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res"):
+        names = ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res")
+        for name in names:
             _prepare_projection(name, getattr(self, name))
-        return InteractingParameters(
+        p = InteractingParameters(
             q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, o.weight, o.bias, r.weight, r.bias
         )
+        for name, weight in zip(names, (p.w_q, p.w_k, p.w_v, p.w_o, p.w_r), strict=True):
+            if weight.device != p.w_q.device:
+                raise ValueError(f"{name}: expected the device of w_qs, {p.w_q.device}, got {describe(weight)}")
+        return p
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False

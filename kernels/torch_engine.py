@@ -79,30 +79,26 @@ def fold_backward(
     h, e, o = layout
     w_q, b_q, w_k, b_k, w_v, b_v, w_o, _, _, _ = _as_dtype(p, grad.dtype)
     d_a, d_c, d_m, d_r, d_b, d_g = grad.split_with_sizes(layout.sizes)
-    d_ac = grad[: d_a.numel() + d_c.numel()].mul(LOG2E / math.sqrt(e)).view(e + 1, h, e).transpose(0, 1)
+    d_ac = grad[: d_a.numel() + d_c.numel()].mul(LOG2E / math.sqrt(e)).view(e + 1, h, e)
     d_m = d_m.view(h, e, o)
-    w_o = w_o.reshape(o, h, e).transpose(0, 1)  # [H, O, D]
     want_q, want_bq, want_k, want_bk, want_v, want_bv, want_o, want_bo, want_r, want_br = wanted
     grads: list[Tensor | None] = [None] * len(p)
-    if want_q or want_bq:
-        d_qb = torch.bmm(w_k.reshape(h, e, e), d_ac.mT)
-        # An operator's results may not share memory.
-        dense = torch.contiguous_format
-        grads[0] = d_qb[:, :, :e].clone(memory_format=dense).view(h * e, e) if want_q else None
-        grads[1] = d_qb[:, :, e].clone(memory_format=dense).view(h * e) if want_bq else None
+    if want_q:
+        grads[0] = torch.bmm(w_k.reshape(h, e, e), d_ac[:e].permute(1, 2, 0)).view(h * e, e)
+    if want_bq:
+        grads[1] = torch.bmm(w_k.reshape(h, e, e), d_ac[e].unsqueeze(2)).view(h * e)
     if want_k:
         w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
-        grads[2] = torch.bmm(w_qb, d_ac).view(h * e, e)
+        grads[2] = torch.bmm(w_qb, d_ac.transpose(0, 1)).view(h * e, e)
     if want_bk:
         grads[3] = torch.zeros_like(b_k)
     if want_v:
-        grads[4] = torch.bmm(w_o.mT, d_m.mT).view(h * e, e)
+        grads[4] = torch.bmm(w_o.reshape(o, h, e).permute(1, 2, 0), d_m.mT).view(h * e, e)
     if want_bv:
-        grads[5] = torch.matmul(d_g, w_o).view(h * e)
+        grads[5] = torch.mv(w_o.t(), d_g)
     if want_o:
         d_o = torch.bmm(d_m.mT, w_v.reshape(h, e, e).mT)
-        d_o += d_g.unsqueeze(1) * b_v.reshape(h, 1, e)
-        grads[6] = d_o.transpose(0, 1).reshape(o, h * e)
+        grads[6] = d_o.transpose(0, 1).reshape(o, h * e).addr_(d_g, b_v)
     if want_bo:
         grads[7] = d_b.clone()
     if want_r:
@@ -177,7 +173,7 @@ class _Block(NamedTuple):
     rows: slice  # of the batch
     x: Tensor  # [n, F, E] in the dtype of the weights
     mask: _Mask | None
-    work: Sequence[Tensor]  # buffers [n, F, F*H], the same memory for every block: fresh pages cost too much
+    work: Sequence[Tensor | None]  # [n, F, F*H], the same memory for every block: fresh pages cost too much
 
 
 class _Attention(NamedTuple):
@@ -198,19 +194,19 @@ def _keys_first(mask: Tensor, n_head: int, dtype: torch.dtype) -> _Mask:
     return _Mask(ceiling, hidden.all(1, keepdim=True), mask.all(2, keepdim=True))
 
 
-def _blocks(
-    x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype, n_buffers: int
-) -> Iterator[_Block]:
+def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype, n_buffers: int) -> Iterator[_Block]:
     batch, fields, _ = x.shape
     size = min(batch, max(1, BLOCK_ROWS * torch.get_num_threads() // max(fields, 1)))
-    work = [x.new_empty(size, fields, fields * width.n_head, dtype=dtype) for _ in range(n_buffers)]
+    work: list[Tensor | None] = [None] * n_buffers
+    if size < batch:
+        work = [x.new_empty(size, fields, fields * width.n_head, dtype=dtype) for _ in work]
     shared = mask is not None and mask.shape[0] == 1
     block_mask = _keys_first(mask, width.n_head, dtype) if shared else None
     for start in range(0, batch if fields else 0, size or 1):
         rows = slice(start, min(start + size, batch))
         if mask is not None and not shared:
             block_mask = _keys_first(mask[rows], width.n_head, dtype)
-        buffers = [t[: rows.stop - start] for t in work]
+        buffers = [None if t is None else t[: rows.stop - start] for t in work]
         yield _Block(rows, _padded(x[rows].to(dtype), width.emb_size), block_mask, buffers)
 
 

@@ -228,7 +228,7 @@ def load_ceiling(
     """The user's mask as the most a score may be, -inf where the key is hidden, else inf: [1, K] for MASK_KEYS,
     [R, K] for MASK_PAIRS; for MASK_NONE nothing of use."""
     if MASK == MASK_NONE:
-        hidden = tl.zeros((1, 1), tl.int1)
+        hidden = tl.zeros((1, 1), tl.int8)
     elif MASK == MASK_KEYS:
         offsets, exists = row_offsets(keys, tile, batch, stride_b, stride_k, F, PACK)
         hidden = tl.load(mask + offsets, mask=exists, other=0)[None, :]

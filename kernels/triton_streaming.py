@@ -452,7 +452,7 @@ def backward(
     residual: tl.constexpr = (E + 1 + O) * H * E
     for t in tl.range(pid, (batch + PACK - 1) // PACK, tl.num_programs(0)):
         tile = tl.cast(t, tl.int64)
-        if NEED_INPUT or NEED_SCORES or NEED_VALUES:
+        if (NEED_INPUT or NEED_SCORES) or NEED_VALUES:
             for h in tl.range(H):
                 for first_row in tl.range(0, tile_rows, ROWS):
                     i = tl.arange(0, BLOCK) + (t + first_row) * nought
