@@ -62,8 +62,8 @@ def fold(p: InteractingParameters, layout: Layout) -> Tensor:
     h, e, o = layout
     w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = _as_dtype(p, folded_dtype(p.w_q.dtype))
     w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
-    # A's rows, and c as one more: [H, E + 1, E].
-    ac = torch.bmm(w_qb.mT, w_k.reshape(h, e, e)).mul_(LOG2E / math.sqrt(e))
+    # A's rows, and c as one more: [H, E + 1, E]. Here and below, a factor for the product is faster than for its result.
+    ac = torch.baddbmm(w_k.new_empty(()), w_qb.mT, w_k.reshape(h, e, e), beta=0, alpha=LOG2E / math.sqrt(e))
     m = torch.bmm(w_v.reshape(h, e, e).mT, w_o.reshape(o, h, e).permute(1, 2, 0))
     pieces = (ac.transpose(0, 1).reshape(-1), m.view(-1), w_r.t().reshape(-1), b_o + b_r, torch.mv(w_o, b_v))
     return torch.cat(pieces)
@@ -229,9 +229,9 @@ def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
     if mask is not None:
         sums.masked_fill_(mask.empty, 1.0)
     if not shift:
-        least, most = (t.item() for t in torch.aminmax(sums))
+        least, most = torch.aminmax(sums)
         # False for NaN too.
-        if not LEAST_SUM < least <= most < MOST_SUM:
+        if not LEAST_SUM < least.item() <= most.item() < MOST_SUM:
             return _attend(block, weights, shift=True)
     scale = sums.reciprocal_()
     return _Attention(q, w, scale, torch.bmm(w.mT, x).mul_(scale.mT))
@@ -261,7 +261,10 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
         y = y.view(-1, fields, width.out_size)
         if block.mask is not None:
             y += weights.g.masked_fill(block.mask.empty_rows, 0.0)
-        out[block.rows] = y.relu_()[:, :, : layout.out_size]
+        y.relu_()
+        if y.shape == out.shape and y.dtype == out.dtype:
+            return y
+        out[block.rows] = y[:, :, : layout.out_size]
     return out
 
 
@@ -274,8 +277,7 @@ def interact_backward(
     """
     width = _width(layout, x.device)
     weights = _matrices(_widened(packed, layout, width), width)
-    # Gradients of the scores are those of exponents of 2.
-    to_z, to_q, to_x = weights.m.t() * LN2, weights.a.t(), weights.r.t()
+    to_z, to_q, to_x = weights.m.t(), weights.a.t(), weights.r.t()
     shift = _must_shift(x, mask)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
     d_packed = packed.new_zeros(width.numel)
@@ -284,13 +286,13 @@ def interact_backward(
         n, f, e = block.x.shape
         rows = block.x.view(n * f, e)
         # As in torch's relu, a NaN output lets its gradient pass.
-        d_y = torch.ops.aten.threshold_backward(grad[block.rows], out[block.rows], 0)
+        d_y = torch.ops.aten.threshold_backward.default(grad[block.rows], out[block.rows], 0)
         d_y = _padded(d_y.to(packed.dtype), width.out_size)
-        if needs & NEED_BIAS:
-            d.b.add_(d_y.sum((0, 1)))
-            if block.mask is not None:
-                d.g.add_(d_y.masked_fill(block.mask.empty_rows, 0.0).sum((0, 1)))
+        if needs & NEED_BIAS and block.mask is not None:
+            d.g.add_(d_y.masked_fill(block.mask.empty_rows, 0.0).sum((0, 1)))
         d_y = d_y.view(n * f, -1)
+        if needs & NEED_BIAS:
+            d.b.add_(d_y.sum(0))
         if needs & NEED_RESIDUAL:
             d.r.addmm_(rows.t(), d_y)
         if not needs & (NEED_INPUT | NEED_SCORES | NEED_VALUES):
@@ -305,13 +307,17 @@ def interact_backward(
         delta = d_scores.sum(1, keepdim=True).mul_(scale)
         d_scores.addcmul_(w, delta, value=-1)
         d_q = torch.bmm(d_scores.mT, block.x).view(n * f, -1)
+        # So far by natural exponents; those of q are to the base of 2.
         if needs & NEED_SCORES:
-            d.a.addmm_(rows.t(), d_q)
-            d.c.add_(d_q.sum(0))
+            d.a.addmm_(rows.t(), d_q, alpha=LN2)
+            d.c.add_(d_q.sum(0), alpha=LN2)
         if d_x is not None:
-            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q).view(n, f, e)
-            d_rows.baddbmm_(w, d_z, alpha=LOG2E).baddbmm_(d_scores, q)
-            d_x[block.rows] = d_rows[:, :, : layout.emb_size]
+            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q, alpha=LN2).view(n, f, e)
+            d_rows.baddbmm_(w, d_z).baddbmm_(d_scores, q, alpha=LN2)
+            if d_rows.shape == d_x.shape and d_rows.dtype == d_x.dtype:
+                d_x = d_rows
+            else:
+                d_x[block.rows] = d_rows[:, :, : layout.emb_size]
     if not needs & ~NEED_INPUT:
         return d_x, None
     if needs & NEED_BIAS and mask is None:
