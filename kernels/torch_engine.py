@@ -62,7 +62,7 @@ def fold(p: InteractingParameters, layout: Layout) -> Tensor:
     h, e, o = layout
     w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = _as_dtype(p, folded_dtype(p.w_q.dtype))
     w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
-    # A's rows, and c as one more: [H, E + 1, E]. Here and below, a factor for the product is faster than for its result.
+    # A's rows, and c as one more: [H, E + 1, E]. Here and below, scaling a factor is faster than scaling the product.
     ac = torch.baddbmm(w_k.new_empty(()), w_qb.mT, w_k.reshape(h, e, e), beta=0, alpha=LOG2E / math.sqrt(e))
     m = torch.bmm(w_v.reshape(h, e, e).mT, w_o.reshape(o, h, e).permute(1, 2, 0))
     pieces = (ac.transpose(0, 1).reshape(-1), m.view(-1), w_r.t().reshape(-1), b_o + b_r, torch.mv(w_o, b_v))
