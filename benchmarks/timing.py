@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -93,8 +94,8 @@ def race(
 ) -> dict[str, list[float]]:
     """Per name, the seconds of one call in each round, after a warm-up.
 
-    Every step gets one turn a round, and the next round starts one step later. It ends after `rounds`, or,
-    if that is None, after `seconds`, though not before LEAST_ROUNDS. `progress` is told the share done.
+    Every step gets one turn a round. It ends after `rounds`, or, if that is None, after `seconds`, though not
+    before LEAST_ROUNDS. `progress` is told the share done.
     """
     calls = {}
     for name, step in steps.items():
@@ -102,14 +103,16 @@ def race(
         calls[name] = max(1, min(MOST_CALLS, round(TURN_SECONDS / max(fastest, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
+    order = random.Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         for turn in range(rounds or MOST_ROUNDS):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            # Merely rotated, everyone would always have the same predecessor, and a tenth hangs on the caches it left.
+            order.shuffle(names)
+            for name in names:
                 samples[name].append(clock(steps[name], calls[name]))
             elapsed = time.perf_counter() - start
             progress((turn + 1) / rounds if rounds else min(1.0, elapsed / max(seconds, 1e-9)))

@@ -386,7 +386,10 @@ def _differentiate_keys(
     d_p = _scores(d_z, x_keys, tl.zeros((n_rows, KEYS), acc), PRECISION)
     d_s = p * (d_p - delta[:, None]) * tl.full((1, 1), LN2, acc)
     if PACK > 1:
-        d_s = tl.where(own_keys(rows, keys, F, PACK), d_s, 0.0)
+        # Between samples both are zero, but for rows that are NaN throughout.
+        own = own_keys(rows, keys, F, PACK)
+        p = tl.where(own, p, 0.0)
+        d_s = tl.where(own, d_s, 0.0)
     d_q = _weighted(as_operand(d_s.to(dtype), REORDER), values, d_q, PRECISION)
     if NEED_INPUT:
         p_t = tl.trans(p.to(dtype))

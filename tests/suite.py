@@ -81,10 +81,11 @@ class EngineSuite:
         draws: int | None = None,
     ) -> list[Problem]:
         """Problems of one shape, to be judged together; `form` is one of MASK_SIZES."""
-        if draws is None and dtype == torch.float64:
+        numbers = shape.b * shape.f * shape.e
+        if draws is None and (dtype == torch.float64 or numbers == 0):
             draws = 1
         if draws is None:
-            draws = max(self.draws, min(64, self.least_numbers // max(1, shape.b * shape.f * shape.e)))
+            draws = max(self.draws, min(64, self.least_numbers // numbers))
         masks = (None if form is None else draw_mask(form, shape.b, shape.f) for _ in range(draws))
         return [draw_problem(shape, dtype, mask) for mask in masks]
 
@@ -180,7 +181,7 @@ class EngineSuite:
 
     def test_tf32(self, mask_shape: Shape) -> None:
         """fp32 with products of TF32 operands, where torch's switches allow them."""
-        problems = self.draw(mask_shape, form="(B,F,F)")
+        problems = [q for _ in range(4) for q in self.draw(mask_shape, form="(B,F,F)")]
         assert_rule(self.forward, problems, around_plain=EmulatedTF32, around_ours=self.emulated_tf32)
 
     def test_gradcheck(self) -> None:
@@ -261,10 +262,11 @@ class EngineSuite:
         assert ours.out[1].isnan().any(), "the spoilt sample shows nothing"
         assert torch.equal(ours.out.isnan(), plain.out.isnan())
         for name in ("x", *NAMES):
-            got, expected = ours.grads[name].isnan(), plain.grads[name].isnan()
+            # Spread is what counts: a product cut into parts turns infinity into NaN.
+            got, expected = ~ours.grads[name].isfinite(), ~plain.grads[name].isfinite()
             # Folded, b_v and b_k never meet P: a NaN in it does not reach their gradients.
             same = (got <= expected).all() if name in ("b_v", "b_k") else torch.equal(got, expected)
-            assert same, f"gradient of {name}: NaN elsewhere than in the reference"
+            assert same, f"gradient of {name}: spoilt elsewhere than in the reference"
 
     # --- extreme logits -----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from tests.suite import EngineSuite
 class TestTritonEngine(EngineSuite):
     engine = "triton"
     draws = 1
-    least_numbers = 256
+    least_numbers = 128
     forms = ("(F,F)", "(B,1,F)", "(B,F,F)")
     shapes = (
         Shape(0, 7, 16, 2),
