@@ -167,7 +167,8 @@ def interact_backward(
         return d_x, torch.zeros_like(packed) if needs & NEED_WEIGHTS else None
     target = _target(x.device)
     if config is None:
-        config = backward_config(fields, dot_precision(x.dtype, target, allow_tf32()))
+        precision = dot_precision(x.dtype, target, allow_tf32())
+        config = backward_config(fields, precision, mask_arguments(mask, x)[0])
     programs = backward_programs(batch, layout, config, target)
     partial = packed.new_empty(programs, layout.numel)
     tile_rows = fields if config.pack == 1 else 16
