@@ -144,7 +144,7 @@ def engine_lines(device_type: str) -> Iterator[str]:
     for typical in TYPICAL:
         fields, emb_size, n_head = SHAPES[typical.shape]
         layout = Layout(n_head, emb_size, emb_size)
-        call = dispatch.Call(device_type, typical.dtype, fields, layout, transforms=False)
+        call = dispatch.Call(device_type, typical.dtype, fields, layout, inside=None)
         whys[typical] = dispatch.explain("auto", call)
     for choice, calls in grouped({typical: why.choice for typical, why in whys.items()}).items():
         yield f"  {'auto':<13}takes {choice} for {describe(calls)}"

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     n_fields: int
     layout: Layout
-    transforms: bool
+    inside: str | None  # what runs the call other than plain eager or compiled code, in words
 
 
 class Engine(Protocol):
@@ -66,9 +66,18 @@ def check_backend(backend: str) -> None:
 
 def describe_call(x: Tensor, dtype: torch.dtype, layout: Layout) -> Call:
     """The facts of a call with input x (B, F, E) computed in `dtype`."""
-    # Inside torch.compile the transform stack is Dynamo's business, not visible state.
-    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return Call(x.device.type, dtype, x.shape[1], layout, transforms)
+    return Call(x.device.type, dtype, x.shape[1], layout, _surroundings())
+
+
+def _surroundings() -> str | None:
+    if torch.compiler.is_compiling():
+        # The rest is then Dynamo's business, not visible state.
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform (grad, vmap, jvp)"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return "torch.jit.trace" if torch.jit.is_tracing() else None
 
 
 def preference(call: Call) -> tuple[str, ...]:

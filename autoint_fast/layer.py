@@ -15,7 +15,7 @@ from .reference import (
     interacting_reference,
 )
 from .validation import check_input, check_mask
-from .weights import FoldedWeights, Layout
+from .weights import Layout
 
 
 class InteractingLayer(ReferenceInteractingLayer):
@@ -49,6 +49,7 @@ class InteractingLayer(ReferenceInteractingLayer):
         super().__init__(n_head, emb_size, dropout, device=device, dtype=dtype)
         self.backend = backend
         self._frozen: tuple[InteractingParameters, Tensor] | None = None
+        self._last: tuple[InteractingParameters, Tensor] | None = None
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
@@ -70,14 +71,28 @@ class InteractingLayer(ReferenceInteractingLayer):
         if backend == "reference":
             out, attention = interacting_reference(x, p, self.n_head, mask)
         else:
-            out = op.interact(x.to(dtype), self._folded(p, backend), mask, backend)
+            out = op.interact(x.to(dtype), p, self.n_head, mask, backend, self._packed(p, backend))
             attention = attention_probabilities(x, p, self.n_head, mask) if return_attention else None
         return (out, attention.transpose(0, 1)) if return_attention else out
 
-    def _folded(self, p: InteractingParameters, backend: str) -> FoldedWeights:
+    def _packed(self, p: InteractingParameters, backend: str) -> Tensor | None:
+        """Folded weights that need no folding now: frozen, or the last ones of CPU calls without gradients."""
         if self._frozen is not None:
-            return FoldedWeights(self._frozen[1], op.layout_of(p, self.n_head), needs=0)
-        return op.fold(p, self.n_head, backend)
+            return self._frozen[1]
+        if torch.is_grad_enabled() or p.w_q.device.type != "cpu" or op.through_library(p.w_q):
+            return None
+        last = self._last
+        # `.data.mul_()` moves no version counter, so the values are compared, which is five times faster than folding.
+        if last is None or any(t.dtype != u.dtype or not torch.equal(t, u) for t, u in zip(p, last[0], strict=True)):
+            last = self._last = self._fold_copy(p, backend)
+        return last[1]
+
+    def _fold_copy(self, p: InteractingParameters, backend: str) -> tuple[InteractingParameters, Tensor]:
+        """A copy of parameters, and the weights folded from it."""
+        # Inference tensors could not take part in a later gradient with respect to x, nor be copied.
+        with torch.inference_mode(False), torch.no_grad():
+            p = InteractingParameters(*(t.detach().clone() for t in p))
+            return p, op.fold(p, self.n_head, backend)
 
     def freeze(self) -> InteractingLayer:
         """Folds the weights once and for all until `unfreeze()`, `train(True)` or `load_state_dict`; gives self.
@@ -88,14 +103,10 @@ class InteractingLayer(ReferenceInteractingLayer):
         """
         if self.training:
             raise ValueError("freeze: expected a layer in eval mode, got one in training mode; call eval() first")
-        # Inference tensors could not take part in a later gradient with respect to x.
-        with torch.inference_mode(False), torch.no_grad():
-            p = InteractingParameters(*(t.detach().clone() for t in self.interacting_parameters()))
-            layout = op.layout_of(p, self.n_head)
-            call = dispatch.Call(p.w_q.device.type, p.w_q.dtype, 1, layout, transforms=False)
-            backend = dispatch.explain("auto", call).choice
-            packed = op.fold(p, self.n_head, backend if backend in dispatch.ENGINES else "torch").packed
-            self._frozen = (p, packed)
+        p = self.interacting_parameters()
+        call = dispatch.Call(p.w_q.device.type, p.w_q.dtype, 1, op.layout_of(p, self.n_head), inside=None)
+        backend = dispatch.explain("auto", call).choice
+        self._frozen = self._fold_copy(p, backend if backend in dispatch.ENGINES else "torch")
         return self
 
     def unfreeze(self) -> InteractingLayer:
@@ -113,6 +124,10 @@ class InteractingLayer(ReferenceInteractingLayer):
         if self._frozen is not None:
             self.freeze()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For pickle and deepcopy.
+        return {**self.__dict__, "_last": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfreeze()

@@ -23,7 +23,6 @@ from .weights import (
     NEED_SCORES,
     NEED_VALUES,
     NEED_WEIGHTS,
-    FoldedWeights,
     Layout,
     folded_dtype,
 )
@@ -50,20 +49,25 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+# Inside an engine nothing records gradients, so its operations may skip that layer of torch's dispatch, as torch's own
+# custom operators do: a tenth of the time of a small call.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 def _fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
-    with _full_precision(p.w_q.device.type):
+    with _below_autograd(), _full_precision(p.w_q.device.type):
         return ENGINES[backend].fold(p, layout)
 
 
 def _fold_backward(
     grad: Tensor, p: InteractingParameters, layout: Layout, backend: str, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    with _full_precision(grad.device.type):
+    with _below_autograd(), _full_precision(grad.device.type):
         return ENGINES[backend].fold_backward(grad.contiguous(), p, layout, wanted)
 
 
 def _interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str) -> Tensor:
-    with _full_precision(x.device.type):
+    with _below_autograd(), _full_precision(x.device.type):
         return ENGINES[backend].interact(x, packed, mask, layout)
 
 
@@ -77,7 +81,7 @@ def _interact_backward(
     backend: str,
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    with _full_precision(x.device.type):
+    with _below_autograd(), _full_precision(x.device.type):
         return ENGINES[backend].interact_backward(grad, x, packed, out, mask, layout, needs)
 
 
@@ -93,41 +97,45 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(SECOND_ORDER)
 
 
-class _FoldBackward(_Once):
-    @staticmethod
-    def forward(
-        ctx: Any, layout: Layout, backend: str, wanted: tuple[bool, ...], grad: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        return tuple(_fold_backward(grad, InteractingParameters(*parameters), layout, backend, wanted))
-
-
-class _Fold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, layout: Layout, backend: str, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        ctx.layout, ctx.backend = layout, backend
-        return _fold(InteractingParameters(*parameters), layout, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = tuple(ctx.needs_input_grad[2:])
-        run = _FoldBackward.apply if torch.is_grad_enabled() else partial(_FoldBackward.forward, None)
-        return (None, None, *run(ctx.layout, ctx.backend, wanted, grad, *ctx.saved_tensors))
-
-
 class _InteractBackward(_Once):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-        return _interact_backward(*arguments)
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        x: Tensor,
+        packed: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        layout: Layout,
+        backend: str,
+        needs: int,
+        wanted: tuple[bool, ...],
+        *parameters: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        d_x, d_packed = _interact_backward(grad, x, packed, out, mask, layout, backend, needs)
+        if d_packed is None:
+            return d_x, *(None for _ in parameters)
+        return d_x, *_fold_backward(d_packed, InteractingParameters(*parameters), layout, backend, wanted)
 
 
 class _Interact(torch.autograd.Function):
+    """Folding and interacting as one node: two would cost a small batch as much again as the folding."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str, needs: int
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor | None,
+        mask: Tensor | None,
+        layout: Layout,
+        backend: str,
+        needs: int,
+        *parameters: Tensor,
     ) -> Tensor:
+        if packed is None:
+            packed = _fold(InteractingParameters(*parameters), layout, backend)
         out = _interact(x, packed, mask, layout, backend)
-        ctx.save_for_backward(x, packed, mask, out)
+        ctx.save_for_backward(x, packed, mask, out, *parameters)
         ctx.layout, ctx.backend, ctx.needs = layout, backend, needs
         return out
 
@@ -135,10 +143,11 @@ class _Interact(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad):
             raise RuntimeError(BATCHED)
-        x, packed, mask, out = ctx.saved_tensors
-        run = _InteractBackward.apply if torch.is_grad_enabled() else _interact_backward
-        d_x, d_packed = run(grad, x, packed, out, mask, ctx.layout, ctx.backend, ctx.needs)
-        return d_x, d_packed, None, None, None, None
+        x, packed, mask, out, *parameters = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[-len(parameters) :]
+        run = _InteractBackward.apply if torch.is_grad_enabled() else partial(_InteractBackward.forward, None)
+        d_x, *d_parameters = run(grad, x, packed, mask, out, ctx.layout, ctx.backend, ctx.needs, wanted, *parameters)
+        return d_x, None, None, None, None, None, *d_parameters
 
 
 # --- compiled: torch.library ------------------------------------------------------------------------------------
@@ -261,7 +270,7 @@ _interact_backward_op.register_autograd(_refuse)
 # --- the entry points -------------------------------------------------------------------------------------------
 
 
-def _through_library(tensor: Tensor) -> bool:
+def through_library(tensor: Tensor) -> bool:
     """Whether a call must be visible as an operator: while compiling or exporting, and for tensor subclasses."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
@@ -281,32 +290,37 @@ def _needs(p: InteractingParameters) -> int:
     return needs
 
 
-def fold(p: InteractingParameters, n_head: int, backend: str) -> FoldedWeights:
-    """The folded weights of a layer, differentiable with respect to its parameters.
+def fold(p: InteractingParameters, n_head: int, backend: str) -> Tensor:
+    """The packed folded weights (Layout.numel,) of a layer as constants, on the engine named `backend`.
 
-    Folded anew at every call: a few matmuls of E x E, and nothing can be stale.
+    fp64 for fp64 parameters, fp32 for all others.
+    """
+    with torch.no_grad():
+        return _fold(p, layout_of(p, n_head), backend)
+
+
+def interact(
+    x: Tensor,
+    p: InteractingParameters,
+    n_head: int,
+    mask: Tensor | None,
+    backend: str,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """The interacting layer on the engine named `backend`.
+
+    x (B, F, E) fp32, bf16, fp16 or fp64; mask None or bool (1 or B, 1 or F, 1 or F), True = hidden. `packed`: what
+    `fold` gives for p; without it p is folded in the call. Gives (B, F, O) in x's dtype; differentiable once with
+    respect to x and p. RuntimeError when differentiated twice.
     """
     layout = layout_of(p, n_head)
-    needs = _needs(p) if torch.is_grad_enabled() else 0
-    if _through_library(p.w_q):
-        packed = torch.ops.autoint_fast.fold(list(p), n_head, backend)
-    elif needs:
-        packed = _Fold.apply(layout, backend, *p)
-    else:
-        packed = _fold(p, layout, backend)
-    return FoldedWeights(packed, layout, needs)
-
-
-def interact(x: Tensor, weights: FoldedWeights, mask: Tensor | None, backend: str) -> Tensor:
-    """The interacting layer over folded weights, on the engine named `backend`.
-
-    x (B, F, E) fp32, bf16, fp16 or fp64; mask None or bool (1 or B, 1 or F, 1 or F), True = hidden. Gives (B, F, O)
-    in x's dtype; differentiable once with respect to x and the weights. RuntimeError when differentiated twice.
-    """
-    packed, layout, needs = weights
-    needs = needs | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0
-    if _through_library(x):
-        return torch.ops.autoint_fast.interact(x, packed, mask, layout.n_head, layout.out_size, backend, needs)
+    needs = _needs(p) | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0
+    if through_library(x) or through_library(p.w_q):
+        if packed is None:
+            packed = torch.ops.autoint_fast.fold(list(p), n_head, backend)
+        return torch.ops.autoint_fast.interact(x, packed, mask, n_head, layout.out_size, backend, needs)
     if needs:
-        return _Interact.apply(x, packed, mask, layout, backend, needs)
+        return _Interact.apply(x, packed, mask, layout, backend, needs, *p)
+    if packed is None:
+        packed = _fold(p, layout, backend)
     return _interact(x, packed, mask, layout, backend)

@@ -60,17 +60,6 @@ class Layout(NamedTuple):
         return Parts(a.view(e, h, e), c.view(h, e), m.view(h, e, o), r.view(e, o), b, g)
 
 
-class FoldedWeights(NamedTuple):
-    """Folded weights of one layer: `packed` (layout.numel,), fp64 for fp64 layers and fp32 for all others.
-
-    `needs` is the bit set of the parts (NEED_...) whose gradients somebody wants.
-    """
-
-    packed: Tensor
-    layout: Layout
-    needs: int
-
-
 def folded_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the folded weights for parameters or inputs of `dtype`: never below fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

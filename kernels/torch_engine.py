@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from ..dispatch import Call
     from ..reference import InteractingParameters
 
-# Rows (samples times fields) of a block for each thread: at H = 2 its scores then fit a core's second-level cache.
-BLOCK_ROWS = 2000
+# Rows (samples times fields) and scores of a block for each thread: smaller blocks pay more for calling torch than for
+# the work, larger ones leave the caches.
+BLOCK_ROWS, BLOCK_SCORES = 2400, 1 << 19
 # Matrices narrower than this are multiplied at half the speed or less on a CPU, so E and O are padded to it.
 LEAST_WIDTH = 16
 # Sums of 2^score in between can be used as they are; others need the largest score of each row subtracted first.
@@ -47,7 +48,7 @@ LEAST_SUM, MOST_SUM = 2.0**-40, 2.0**40
 
 def unsupported(call: Call) -> list[str]:
     """Every reason why this engine cannot run `call`."""
-    return ["it cannot run inside a torch.func transform (grad, vmap, jvp)"] if call.transforms else []
+    return [] if call.inside is None else [f"it cannot run inside {call.inside}"]
 
 
 # --- folding ------------------------------------------------------------------------------------------------------
@@ -79,17 +80,20 @@ def fold_backward(
     h, e, o = layout
     w_q, b_q, w_k, b_k, w_v, b_v, w_o, _, _, _ = _as_dtype(p, grad.dtype)
     d_a, d_c, d_m, d_r, d_b, d_g = grad.split_with_sizes(layout.sizes)
-    d_ac = grad[: d_a.numel() + d_c.numel()].mul(LOG2E / math.sqrt(e)).view(e + 1, h, e)
+    d_ac = grad[: d_a.numel() + d_c.numel()].view(e + 1, h, e)
+    blank, scale = grad.new_empty(()), LOG2E / math.sqrt(e)
     d_m = d_m.view(h, e, o)
     want_q, want_bq, want_k, want_bk, want_v, want_bv, want_o, want_bo, want_r, want_br = wanted
     grads: list[Tensor | None] = [None] * len(p)
     if want_q:
-        grads[0] = torch.bmm(w_k.reshape(h, e, e), d_ac[:e].permute(1, 2, 0)).view(h * e, e)
+        grads[0] = torch.baddbmm(blank, w_k.reshape(h, e, e), d_ac[:e].permute(1, 2, 0), beta=0, alpha=scale).view(
+            h * e, e
+        )
     if want_bq:
-        grads[1] = torch.bmm(w_k.reshape(h, e, e), d_ac[e].unsqueeze(2)).view(h * e)
+        grads[1] = torch.baddbmm(blank, w_k.reshape(h, e, e), d_ac[e].unsqueeze(2), beta=0, alpha=scale).view(h * e)
     if want_k:
         w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
-        grads[2] = torch.bmm(w_qb, d_ac.transpose(0, 1)).view(h * e, e)
+        grads[2] = torch.baddbmm(blank, w_qb, d_ac.transpose(0, 1), beta=0, alpha=scale).view(h * e, e)
     if want_bk:
         grads[3] = torch.zeros_like(b_k)
     if want_v:
@@ -182,7 +186,6 @@ class _Attention(NamedTuple):
     q: Tensor  # [n, F*H, E]
     w: Tensor  # [n, F, F*H]
     scale: Tensor  # [n, 1, F*H]
-    z: Tensor  # [n, F*H, E]
 
 
 def _keys_first(mask: Tensor, n_head: int, dtype: torch.dtype) -> _Mask:
@@ -196,7 +199,8 @@ def _keys_first(mask: Tensor, n_head: int, dtype: torch.dtype) -> _Mask:
 
 def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype, n_buffers: int) -> Iterator[_Block]:
     batch, fields, _ = x.shape
-    size = min(batch, max(1, BLOCK_ROWS * torch.get_num_threads() // max(fields, 1)))
+    rows_at_once = min(BLOCK_ROWS, BLOCK_SCORES // max(fields * width.n_head, 1)) * torch.get_num_threads()
+    size = min(batch, max(1, rows_at_once // max(fields, 1)))
     work: list[Tensor | None] = [None] * n_buffers
     if size < batch:
         work = [x.new_empty(size, fields, fields * width.n_head, dtype=dtype) for _ in work]
@@ -233,8 +237,7 @@ def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
         # False for NaN too.
         if not LEAST_SUM < least.item() <= most.item() < MOST_SUM:
             return _attend(block, weights, shift=True)
-    scale = sums.reciprocal_()
-    return _Attention(q, w, scale, torch.bmm(w.mT, x).mul_(scale.mT))
+    return _Attention(q, w, sums.reciprocal_())
 
 
 def _must_shift(x: Tensor, mask: Tensor | None) -> bool:
@@ -255,7 +258,8 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     shift = _must_shift(x, mask)
     out = x.new_empty(batch, fields, layout.out_size)
     for block in _blocks(x, mask, width, packed.dtype, n_buffers=1):
-        z = _attend(block, weights, shift).z
+        _, w, scale = _attend(block, weights, shift)
+        z = torch.bmm(w.mT, block.x).mul_(scale.mT)
         rows = block.x.view(-1, width.emb_size)
         y = torch.addmm(bias, rows, weights.r).addmm_(z.view(rows.shape[0], -1), weights.m)
         y = y.view(-1, fields, width.out_size)
@@ -297,12 +301,13 @@ def interact_backward(
             d.r.addmm_(rows.t(), d_y)
         if not needs & (NEED_INPUT | NEED_SCORES | NEED_VALUES):
             continue
-        q, w, scale, z = _attend(block, weights, shift)
+        q, w, scale = _attend(block, weights, shift)
         if needs & NEED_VALUES:
+            z = torch.bmm(w.mT, block.x).mul_(scale.mT)
             d.m.addmm_(z.view(n * f, -1).t(), d_y)
         if not needs & (NEED_INPUT | NEED_SCORES):
             continue
-        d_z = torch.mm(d_y, to_z).view(z.shape).mul_(scale.mT)
+        d_z = torch.mm(d_y, to_z).view(q.shape).mul_(scale.mT)
         d_scores = torch.bmm(block.x, d_z.mT, out=block.work[1]).mul_(w)
         delta = d_scores.sum(1, keepdim=True).mul_(scale)
         d_scores.addcmul_(w, delta, value=-1)
@@ -312,7 +317,8 @@ def interact_backward(
             d.a.addmm_(rows.t(), d_q, alpha=LN2)
             d.c.add_(d_q.sum(0), alpha=LN2)
         if d_x is not None:
-            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q, alpha=LN2).view(n, f, e)
+            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q, alpha=LN2)
+            d_rows = d_rows.view(n, f, e)
             d_rows.baddbmm_(w, d_z).baddbmm_(d_scores, q, alpha=LN2)
             if d_rows.shape == d_x.shape and d_rows.dtype == d_x.dtype:
                 d_x = d_rows

@@ -53,8 +53,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"an embedding or output width of {max(e, o)}, more than {MAX_WIDTH}")
     if h > MAX_HEADS:
         reasons.append(f"{h} heads, more than {MAX_HEADS}")
-    if call.transforms:
-        reasons.append("it cannot run inside a torch.func transform (grad, vmap, jvp)")
+    if call.inside is not None:
+        reasons.append(f"it cannot run inside {call.inside}")
     return reasons
 
 
@@ -158,6 +158,7 @@ def interact_backward(
         backward_launch,
         backward_programs,
         dot_precision,
+        mask_arguments,
         reduce_launch,
     )
 

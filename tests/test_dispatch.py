@@ -16,9 +16,9 @@ from tests.numerics import expected_output
 LAYOUT = Layout(2, 16, 16)
 
 
-def call(device: str = "cpu", transforms: bool = False) -> Call:
+def call(device: str = "cpu", inside: str | None = None) -> Call:
     return dispatch.describe_call(torch.empty(1, 39, 16, device="meta"), torch.float32, LAYOUT)._replace(
-        device_type=device, transforms=transforms
+        device_type=device, inside=inside
     )
 
 
@@ -43,8 +43,8 @@ def test_auto_takes_the_fastest_that_can(engines: dict[str, SimpleNamespace]) ->
 
 
 def test_auto_on_a_cpu_never_takes_the_gpu_engine(engines: dict[str, SimpleNamespace]) -> None:
-    for transforms in (False, True):
-        assert dispatch.choose("auto", call("cpu", transforms)) in ("torch", "reference")
+    for inside in (None, "torch.jit.trace"):
+        assert dispatch.choose("auto", call("cpu", inside)) in ("torch", "reference")
     engines["torch"].reasons = ["no"]
     assert dispatch.choose("auto", call("cpu")) == "reference"
 

@@ -99,6 +99,19 @@ def test_a_block_that_needs_the_shift_among_others(scale: float) -> None:
     assert_rule(FORWARD, [problem])
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_nan_does_not_hide_another_samples_large_scores() -> None:
+    """A NaN among the sums of a block is neither too large nor too small to compare."""
+    problem = draw_problem(Shape(4, 13, 16, 2), torch.float64)
+    problem.x[3] *= 20.0
+    expected = einsum(*problem)
+    problem.x[1, 2, 3] = torch.nan
+    ours = FORWARD(*problem)
+    assert ours[1].isnan().all()
+    for sample in (0, 2, 3):
+        torch.testing.assert_close(ours[sample], expected[sample], rtol=1e-10, atol=1e-10)
+
+
 # --- work not done ----------------------------------------------------------------------------------------
 
 
