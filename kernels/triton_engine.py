@@ -158,7 +158,6 @@ def interact_backward(
         backward_launch,
         backward_programs,
         dot_precision,
-        mask_arguments,
         reduce_launch,
     )
 
@@ -168,8 +167,7 @@ def interact_backward(
         return d_x, torch.zeros_like(packed) if needs & NEED_WEIGHTS else None
     target = _target(x.device)
     if config is None:
-        precision = dot_precision(x.dtype, target, allow_tf32())
-        config = backward_config(fields, precision, mask_arguments(mask, x)[0])
+        config = backward_config(fields, dot_precision(x.dtype, target, allow_tf32()))
     programs = backward_programs(batch, layout, config, target)
     partial = packed.new_empty(programs, layout.numel)
     tile_rows = fields if config.pack == 1 else 16

@@ -116,13 +116,12 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     return Config(precision, rows=rows, keys=BLOCK if fp32 and wide else 2 * BLOCK)
 
 
-def backward_config(n_fields: int, precision: str, mask_kind: int) -> Config:
+def backward_config(n_fields: int, precision: str) -> Config:
     """The backward's cut: with 16 rows there is room for every accumulator without spilling."""
     pack = packed_samples(n_fields)
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK else BLOCK
-    # Left to itself the compiler settles for 168 registers here, and spills a few.
-    capped = precision == "tf32" or (precision == "ieee" and (pack > 1 or mask_kind != MASK_NONE))
-    return Config(precision, pack=pack, keys=keys, programs_per_sm=8, maxnreg=255 if capped else None)
+    # Left to itself the compiler may settle for 168 registers and spill.
+    return Config(precision, pack=pack, keys=keys, programs_per_sm=8, maxnreg=255)
 
 
 def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[int, tuple[Any, ...]]:

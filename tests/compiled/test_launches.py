@@ -90,7 +90,7 @@ def backward(shape: tuple[int, int, int], precision: str, arch: str, mask: str =
     dtype, allow_tf32 = PRECISIONS[precision]
     layout, target = Layout(n_head, emb_size, emb_size), target_of(arch)
     x, hidden, packed = meta(BATCH, fields, emb_size, dtype=dtype), mask_of(mask, fields), meta(layout.numel)
-    config = backward_config(fields, dot_precision(dtype, target, allow_tf32), mask_arguments(hidden, x)[0])
+    config = backward_config(fields, dot_precision(dtype, target, allow_tf32))
     programs = backward_programs(BATCH, layout, config, target)
     partial, scratch = meta(programs, layout.numel), meta(programs, max(fields, 16), emb_size)
     return backward_launch(x, x, packed, x, hidden, x, partial, scratch, layout, needs, config, target)
