@@ -70,10 +70,11 @@ class InteractingLayer(ReferenceInteractingLayer):
         backend = dispatch.choose(self.backend, dispatch.describe_call(x, dtype, layout))
         if backend == "reference":
             out, attention = interacting_reference(x, p, self.n_head, mask)
-        else:
-            out = op.interact(x.to(dtype), p, self.n_head, mask, backend, self._packed(p, backend))
-            attention = attention_probabilities(x, p, self.n_head, mask) if return_attention else None
-        return (out, attention.transpose(0, 1)) if return_attention else out
+            return (out, attention.transpose(0, 1)) if return_attention else out
+        out = op.interact(x.to(dtype), p, self.n_head, mask, backend, self._packed(p, backend))
+        if not return_attention:
+            return out
+        return out, attention_probabilities(x, p, self.n_head, mask).transpose(0, 1)
 
     def _packed(self, p: InteractingParameters, backend: str) -> Tensor | None:
         """Folded weights that need no folding now: frozen, or the last ones of CPU calls without gradients."""

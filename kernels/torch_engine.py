@@ -204,11 +204,10 @@ def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype, n
     work: list[Tensor | None] = [None] * n_buffers
     if size < batch:
         work = [x.new_empty(size, fields, fields * width.n_head, dtype=dtype) for _ in work]
-    shared = mask is not None and mask.shape[0] == 1
-    block_mask = _keys_first(mask, width.n_head, dtype) if shared else None
+    block_mask = None
     for start in range(0, batch if fields else 0, size or 1):
         rows = slice(start, min(start + size, batch))
-        if mask is not None and not shared:
+        if mask is not None and (block_mask is None or mask.shape[0] > 1):
             block_mask = _keys_first(mask[rows], width.n_head, dtype)
         buffers = [None if t is None else t[: rows.stop - start] for t in work]
         yield _Block(rows, _padded(x[rows].to(dtype), width.emb_size), block_mask, buffers)
@@ -317,8 +316,7 @@ def interact_backward(
             d.a.addmm_(rows.t(), d_q, alpha=LN2)
             d.c.add_(d_q.sum(0), alpha=LN2)
         if d_x is not None:
-            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q, alpha=LN2)
-            d_rows = d_rows.view(n, f, e)
+            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q, alpha=LN2).view(n, f, e)
             d_rows.baddbmm_(w, d_z).baddbmm_(d_scores, q, alpha=LN2)
             if d_rows.shape == d_x.shape and d_rows.dtype == d_x.dtype:
                 d_x = d_rows

@@ -224,8 +224,8 @@ def backward_launch(
         **{"NEED_INPUT": bool(needs & NEED_INPUT), **_needed_parts(needs)},
         **config.options(target),
     }
-    args = (grad, x, packed, mask_tensor, out, d_x, partial, scratch, batch)
-    args += (*grad.stride(), *x.stride(), *mask_strides, key_end, 0)
+    tensors = (grad, x, packed, mask_tensor, out, d_x, partial, scratch)
+    args = (*tensors, batch, *grad.stride(), *x.stride(), *mask_strides, key_end, 0)
     return Launch(triton_streaming.backward, (partial.shape[0],), args, options)
 
 
