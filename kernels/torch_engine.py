@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Rows (samples times fields) and scores of a block for each thread: smaller blocks pay more for calling torch than for
 # the work, larger ones leave the caches.
-BLOCK_ROWS, BLOCK_SCORES = 2400, 1 << 19
+BLOCK_ROWS, BLOCK_SCORES = 3600, 1 << 19
 # Matrices narrower than this are multiplied at half the speed or less on a CPU, so E and O are padded to it.
 LEAST_WIDTH = 16
 # Sums of 2^score in between can be used as they are; others need the largest score of each row subtracted first.
