@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels import torch_engine, triton_engine
-from .reference import InteractingParameters
-from .weights import Layout
+from .weights import InteractingParameters, Layout
 
 
 class Call(NamedTuple):

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from . import dispatch, op
 from .reference import (
-    InteractingParameters,
     ReferenceInteractingLayer,
     attention_probabilities,
     interacting_reference,
 )
-from .validation import check_input, check_mask
-from .weights import Layout
+from .validation import check_dtype, check_input, check_mask
+from .weights import InteractingParameters, Layout
 
 
 class InteractingLayer(ReferenceInteractingLayer):
@@ -29,7 +28,8 @@ class InteractingLayer(ReferenceInteractingLayer):
             "triton", "torch" or "reference" is used, or the call raises ValueError with every reason why not.
         device, dtype: of the parameters, as for `torch.nn.Linear`.
 
-    The weights are folded at every call (on a GPU: one small launch), so nothing can be stale; `freeze()` skips that.
+    The weights are folded at every call (on a GPU: one small launch; on a CPU without gradients only where they have
+    changed, which is proved by comparing them), so nothing can be stale; `freeze()` skips that.
     Fused engines differentiate once; for second-order gradients use backend="reference".
 
     Raises TypeError or ValueError naming the argument.
@@ -63,23 +63,24 @@ class InteractingLayer(ReferenceInteractingLayer):
 
         Raises TypeError or ValueError naming the argument.
         """
-        p = self.interacting_parameters() if self._frozen is None else self._frozen[0]
-        dtype = check_input(x, self.emb_size, p.w_q)
+        check_input(x, self.emb_size)
         mask = check_mask(mask, x)
+        frozen = self._frozen
+        p = self.interacting_parameters() if frozen is None else frozen[0]
+        dtype = check_dtype(x, p.w_q)
         layout = Layout(self.n_head, self.emb_size, self.emb_size)
         backend = dispatch.choose(self.backend, dispatch.describe_call(x, dtype, layout))
         if backend == "reference":
             out, attention = interacting_reference(x, p, self.n_head, mask)
             return (out, attention.transpose(0, 1)) if return_attention else out
-        out = op.interact(x.to(dtype), p, self.n_head, mask, backend, self._packed(p, backend))
+        packed = self._last_packed(p, backend) if frozen is None else frozen[1]
+        out = op.interact(x.to(dtype), p, self.n_head, mask, backend, packed)
         if not return_attention:
             return out
         return out, attention_probabilities(x, p, self.n_head, mask).transpose(0, 1)
 
-    def _packed(self, p: InteractingParameters, backend: str) -> Tensor | None:
-        """Folded weights that need no folding now: frozen, or the last ones of CPU calls without gradients."""
-        if self._frozen is not None:
-            return self._frozen[1]
+    def _last_packed(self, p: InteractingParameters, backend: str) -> Tensor | None:
+        """The folded weights of the last CPU call without gradients, where the parameters are still the same."""
         if torch.is_grad_enabled() or p.w_q.device.type != "cpu" or op.through_library(p.w_q):
             return None
         last = self._last
@@ -122,6 +123,7 @@ class InteractingLayer(ReferenceInteractingLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> InteractingLayer:
         super()._apply(fn, recurse)
+        self._last = None
         if self._frozen is not None:
             self.freeze()
         return self
@@ -147,7 +149,9 @@ def why(layer: InteractingLayer, x: Tensor, mask: Tensor | None = None) -> dispa
     """
     if not isinstance(layer, InteractingLayer):
         raise TypeError(f"layer: expected an InteractingLayer, got {type(layer).__name__}")
-    dtype = check_input(x, layer.emb_size, layer.w_qs.weight)
+    check_input(x, layer.emb_size)
     check_mask(mask, x)
+    # Any parameter will do, while to read a parametrised weight may change its state.
+    dtype = check_dtype(x, next(layer.w_qs.parameters()))
     layout = Layout(layer.n_head, layer.emb_size, layer.emb_size)
     return dispatch.explain(layer.backend, dispatch.describe_call(x, dtype, layout))

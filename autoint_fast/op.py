@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .dispatch import ENGINES
-from .reference import InteractingParameters
 from .weights import (
     NEED_BIAS,
     NEED_INPUT,
@@ -23,6 +22,7 @@ from .weights import (
     NEED_SCORES,
     NEED_VALUES,
     NEED_WEIGHTS,
+    InteractingParameters,
     Layout,
     folded_dtype,
 )
@@ -54,6 +54,11 @@ def _full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def _as_stored(t: Tensor) -> Tensor:
+    """t with its values in memory, for kernels that read them there: those of `t.conj().imag`, say, are negated."""
+    return t.resolve_neg() if t.is_neg() else t
+
+
 def _fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
     with _below_autograd(), _full_precision(p.w_q.device.type):
         return ENGINES[backend].fold(p, layout)
@@ -68,7 +73,7 @@ def _fold_backward(
 
 def _interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str) -> Tensor:
     with _below_autograd(), _full_precision(x.device.type):
-        return ENGINES[backend].interact(x, packed, mask, layout)
+        return ENGINES[backend].interact(_as_stored(x), packed, mask, layout)
 
 
 def _interact_backward(
@@ -82,7 +87,7 @@ def _interact_backward(
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     with _below_autograd(), _full_precision(x.device.type):
-        return ENGINES[backend].interact_backward(grad, x, packed, out, mask, layout, needs)
+        return ENGINES[backend].interact_backward(_as_stored(grad), _as_stored(x), packed, out, mask, layout, needs)
 
 
 # --- eager: autograd.Function -----------------------------------------------------------------------------------

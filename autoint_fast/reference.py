@@ -6,29 +6,14 @@ Everything else in this package is judged by what stands here; it is never the f
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from .validation import check_dropout, check_input, check_mask, check_size, describe
-
-
-class InteractingParameters(NamedTuple):
-    """The tensors of one layer, each in `torch.nn.Linear` layout; E = embedding size, H = heads."""
-
-    w_q: Tensor  # [H*E, E]
-    b_q: Tensor  # [H*E]
-    w_k: Tensor  # [H*E, E]
-    b_k: Tensor  # [H*E]
-    w_v: Tensor  # [H*E, E]
-    b_v: Tensor  # [H*E]
-    w_o: Tensor  # [E, H*E]
-    b_o: Tensor  # [E]
-    w_r: Tensor  # [E, E]
-    b_r: Tensor  # [E]
+from .validation import check_dropout, check_dtype, check_input, check_mask, check_size, describe
+from .weights import InteractingParameters
 
 
 def attention_probabilities(x: Tensor, p: InteractingParameters, n_head: int, mask: Tensor | None) -> Tensor:
@@ -69,15 +54,18 @@ def _prepare_projection(name: str, projection: nn.Linear) -> None:
 
     Raises TypeError for a projection with a forward of its own, RuntimeError for one with hooks.
     """
-    if type(projection).forward is not nn.Linear.forward:
+    if type(projection).forward is not nn.Linear.forward or "forward" in vars(projection):
         raise TypeError(f"{name}: expected a Linear with Linear's own forward, got a {type(projection).__name__}")
     for hook in projection._forward_pre_hooks.values():
         # Pruning and the older weight and spectral norms compute the weight in a hook before the call.
         if not (hasattr(hook, "apply_mask") or hasattr(hook, "compute_weight")):
             raise RuntimeError(f"{name}: a forward pre-hook on this projection would never run; put it on the layer")
         hook(projection, ())
-    if projection._forward_hooks or projection._backward_hooks:
+    if projection._forward_hooks or projection._backward_hooks or projection._backward_pre_hooks:
         raise RuntimeError(f"{name}: a hook on this projection would never run; put it on the layer")
+
+
+PROJECTIONS = ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res")
 
 
 class ReferenceInteractingLayer(nn.Module):
@@ -125,17 +113,18 @@ class ReferenceInteractingLayer(nn.Module):
 
     def interacting_parameters(self) -> InteractingParameters:
         """The layer's tensors, read now, so that parametrisations and swapped parameters count."""
-        q, k, v, o, r = self.w_qs, self.w_ks, self.w_vs, self.fc_attn, self.fc_res
-        names = ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res")
-        for name in names:
-            _prepare_projection(name, getattr(self, name))
-        p = InteractingParameters(
-            q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, o.weight, o.bias, r.weight, r.bias
-        )
-        for name, weight in zip(names, (p.w_q, p.w_k, p.w_v, p.w_o, p.w_r), strict=True):
-            if weight.device != p.w_q.device:
-                raise ValueError(f"{name}: expected the device of w_qs, {p.w_q.device}, got {describe(weight)}")
-        return p
+        tensors: list[Tensor] = []
+        for name in PROJECTIONS:
+            projection = getattr(self, name)
+            _prepare_projection(name, projection)
+            tensors += (projection.weight, projection.bias)
+        first = tensors[0]
+        for i, tensor in enumerate(tensors):
+            if tensor is None or tensor.device != first.device or tensor.dtype != first.dtype:
+                name = f"{PROJECTIONS[i // 2]}.{'bias' if i % 2 else 'weight'}"
+                expected = f"a tensor of w_qs.weight's dtype and device, {first.dtype} on {first.device}"
+                raise ValueError(f"{name}: expected {expected}, got {describe(tensor)}")
+        return InteractingParameters(*tensors)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
@@ -145,9 +134,11 @@ class ReferenceInteractingLayer(nn.Module):
         `mask`: bool, True = hidden, 1 to 3 dimensions broadcasting to (B, F, F). A row whose every key is hidden
         gets no attention: relu(bo + x Wr + br). Raises TypeError or ValueError naming the argument.
         """
+        check_input(x, self.emb_size)
+        mask = check_mask(mask, x)
         p = self.interacting_parameters()
-        check_input(x, self.emb_size, p.w_q)
-        out, attention = interacting_reference(x, p, self.n_head, check_mask(mask, x))
+        check_dtype(x, p.w_q)
+        out, attention = interacting_reference(x, p, self.n_head, mask)
         return (out, attention.transpose(0, 1)) if return_attention else out
 
     def extra_repr(self) -> str:

@@ -32,28 +32,10 @@ def check_dropout(value: float) -> None:
         raise ValueError(f"dropout: expected a number in [0, 1), got {value}")
 
 
-def compute_dtype(x: Tensor, weights_dtype: torch.dtype) -> torch.dtype:
-    """The dtype the layer computes and answers in: autocast's where it applies, else x's.
+def check_input(x: Tensor, emb_size: int) -> None:
+    """`x` is a floating (B, F, E) tensor.
 
-    Raises TypeError where x and the weights differ and autocast does not bring them together.
-    """
-    device_type = x.device.type
-    double = x.dtype == torch.float64 or weights_dtype == torch.float64
-    if device_type != "meta" and not double and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    if x.dtype != weights_dtype:
-        raise TypeError(
-            f"x: expected the dtype of the layer's weights, {weights_dtype}, got {x.dtype}; "
-            "convert x or the layer, or use torch.autocast"
-        )
-    return x.dtype
-
-
-def check_input(x: Tensor, emb_size: int, weights: Tensor) -> torch.dtype:
-    """`x` is a floating (B, F, E) tensor beside its weights; gives the dtype to compute in.
-
-    Raises TypeError for what is no tensor or has the wrong dtype, ValueError for the wrong rank, width or
-    device.
+    Raises TypeError for what is no tensor or no floating one, ValueError for the wrong rank or width.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a (B, F, {emb_size}) tensor, got {describe(x)}")
@@ -61,9 +43,26 @@ def check_input(x: Tensor, emb_size: int, weights: Tensor) -> torch.dtype:
         raise ValueError(f"x: expected the shape (B, F, {emb_size}), got {describe(x)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point dtype, got {describe(x)}")
+
+
+def check_dtype(x: Tensor, weights: Tensor) -> torch.dtype:
+    """The dtype the layer computes and answers in: autocast's where it applies, else x's.
+
+    Raises ValueError where `x` is not beside its weights, TypeError where their dtypes differ and autocast does not
+    bring them together.
+    """
     if x.device != weights.device:
         raise ValueError(f"x: expected the device of the layer's weights, {weights.device}, got {describe(x)}")
-    return compute_dtype(x, weights.dtype)
+    device_type = x.device.type
+    double = x.dtype == torch.float64 or weights.dtype == torch.float64
+    if device_type != "meta" and not double and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    if x.dtype != weights.dtype:
+        raise TypeError(
+            f"x: expected the dtype of the layer's weights, {weights.dtype}, got {x.dtype}; "
+            "convert x or the layer, or use torch.autocast"
+        )
+    return x.dtype
 
 
 def check_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:

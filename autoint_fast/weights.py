@@ -1,4 +1,4 @@
-"""The folded weights: what the layer's five projections come to, as one packed buffer."""
+"""The weights: the layer's five projections, and what they fold into, as one packed buffer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ NEED_VALUES = 4  # M
 NEED_RESIDUAL = 8  # R
 NEED_BIAS = 16  # b and g
 NEED_WEIGHTS = NEED_SCORES | NEED_VALUES | NEED_RESIDUAL | NEED_BIAS
+
+
+class InteractingParameters(NamedTuple):
+    """The tensors of one layer, each in `torch.nn.Linear` layout; E = embedding size, H = heads."""
+
+    w_q: Tensor  # [H*E, E]
+    b_q: Tensor  # [H*E]
+    w_k: Tensor  # [H*E, E]
+    b_k: Tensor  # [H*E]
+    w_v: Tensor  # [H*E, E]
+    b_v: Tensor  # [H*E]
+    w_o: Tensor  # [E, H*E]
+    b_o: Tensor  # [E]
+    w_r: Tensor  # [E, E]
+    b_r: Tensor  # [E]
 
 
 class Parts(NamedTuple):

@@ -35,7 +35,7 @@ from ..weights import (
 
 if TYPE_CHECKING:
     from ..dispatch import Call
-    from ..reference import InteractingParameters
+    from ..weights import InteractingParameters
 
 # Rows (samples times fields) and scores of a block for each thread: smaller blocks pay more for calling torch than for
 # the work, larger ones leave the caches.
@@ -106,7 +106,8 @@ def fold_backward(
     if want_bo:
         grads[7] = d_b.clone()
     if want_r:
-        grads[8] = d_r.view(e, o).t().contiguous()
+        # A copy even where E or O is 1: an operator must not return a view of what it was given.
+        grads[8] = d_r.view(e, o).t().clone(memory_format=torch.contiguous_format)
     if want_br:
         grads[9] = d_b.clone()
     return [None if g is None else g.to(t.dtype) for g, t in zip(grads, p, strict=True)]
@@ -144,8 +145,8 @@ def _width(layout: Layout, device: torch.device) -> Layout:
 @functools.lru_cache(maxsize=64)
 def _positions(narrow: Layout, wide: Layout) -> Tensor:
     """Where each element of weights packed as `narrow` lies in weights packed as `wide`."""
-    every = wide.parts(torch.arange(wide.numel))
-    sizes = narrow.parts(torch.empty(narrow.numel))
+    every = wide.parts(torch.arange(wide.numel, device="cpu"))
+    sizes = narrow.parts(torch.empty(narrow.numel, device="cpu"))
     pieces = (part[tuple(map(slice, size.shape))] for part, size in zip(every, sizes, strict=True))
     return torch.cat([piece.reshape(-1) for piece in pieces])
 
@@ -223,6 +224,10 @@ def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
         torch.minimum(scores, mask.ceiling, out=scores)
     if shift:
         largest = scores.amax(1, keepdim=True)
+        if mask is not None and (x.device.type != "cpu" or largest.isnan().any()):
+            # The score of a hidden field may be NaN, which survives the minimum.
+            scores.masked_fill_(mask.ceiling < 0, -math.inf)
+            largest = scores.amax(1, keepdim=True)
         if mask is not None:
             # Minus infinity from minus infinity would be NaN.
             largest.masked_fill_(mask.empty, 0.0)
@@ -256,18 +261,19 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     bias = weights.b + weights.g if mask is None else weights.b
     shift = _must_shift(x, mask)
     out = x.new_empty(batch, fields, layout.out_size)
+    in_place = width == layout and packed.dtype == x.dtype
     for block in _blocks(x, mask, width, packed.dtype, n_buffers=1):
         _, w, scale = _attend(block, weights, shift)
         z = torch.bmm(w.mT, block.x).mul_(scale.mT)
         rows = block.x.view(-1, width.emb_size)
-        y = torch.addmm(bias, rows, weights.r).addmm_(z.view(rows.shape[0], -1), weights.m)
-        y = y.view(-1, fields, width.out_size)
+        y = out[block.rows] if in_place else block.x.new_empty(*block.x.shape[:2], width.out_size)
+        flat = y.view(-1, width.out_size)
+        torch.addmm(bias, rows, weights.r, out=flat).addmm_(z.view(rows.shape[0], -1), weights.m)
         if block.mask is not None:
             y += weights.g.masked_fill(block.mask.empty_rows, 0.0)
         y.relu_()
-        if y.shape == out.shape and y.dtype == out.dtype:
-            return y
-        out[block.rows] = y[:, :, : layout.out_size]
+        if not in_place:
+            out[block.rows] = y[:, :, : layout.out_size]
     return out
 
 
@@ -283,6 +289,7 @@ def interact_backward(
     to_z, to_q, to_x = weights.m.t(), weights.a.t(), weights.r.t()
     shift = _must_shift(x, mask)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
+    in_place = width == layout and packed.dtype == x.dtype
     d_packed = packed.new_zeros(width.numel)
     d = _matrices(d_packed, width)
     for block in _blocks(x, mask, width, packed.dtype, n_buffers=2):
@@ -316,11 +323,10 @@ def interact_backward(
             d.a.addmm_(rows.t(), d_q, alpha=LN2)
             d.c.add_(d_q.sum(0), alpha=LN2)
         if d_x is not None:
-            d_rows = torch.mm(d_y, to_x).addmm_(d_q, to_q, alpha=LN2).view(n, f, e)
+            d_rows = d_x[block.rows] if in_place else torch.empty_like(block.x)
+            torch.mm(d_y, to_x, out=d_rows.view(n * f, e)).addmm_(d_q, to_q, alpha=LN2)
             d_rows.baddbmm_(w, d_z).baddbmm_(d_scores, q, alpha=LN2)
-            if d_rows.shape == d_x.shape and d_rows.dtype == d_x.dtype:
-                d_x = d_rows
-            else:
+            if not in_place:
                 d_x[block.rows] = d_rows[:, :, : layout.emb_size]
     if not needs & ~NEED_INPUT:
         return d_x, None

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..reference import InteractingParameters
-from ..weights import NEED_INPUT, NEED_WEIGHTS, Layout, folded_dtype
+from ..weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype
 
 if TYPE_CHECKING:
     from ..dispatch import Call

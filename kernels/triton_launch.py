@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import InteractingParameters
 from ..weights import (
     LOG2E,
     NEED_BIAS,
@@ -22,6 +21,7 @@ from ..weights import (
     NEED_RESIDUAL,
     NEED_SCORES,
     NEED_VALUES,
+    InteractingParameters,
     Layout,
 )
 from . import triton_fold, triton_resident, triton_streaming

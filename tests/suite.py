@@ -13,8 +13,7 @@ from torch import Tensor
 
 from autoint_fast import InteractingLayer
 from autoint_fast.dispatch import ENGINES
-from autoint_fast.reference import InteractingParameters
-from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, Layout, folded_dtype
+from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype
 from tests.cases import GRAD_LAYOUTS, LAYOUTS, LISTED, MASK_SIZES, ODD, Shape, draw_mask, draw_problem
 from tests.numerics import (
     NAMES,
@@ -146,6 +145,16 @@ class EngineSuite:
             problem = problem._replace(x=LAYOUTS[x_layout](problem.x))
             draws.append(work(self.forward, problem, lay_out=GRAD_LAYOUTS[grad_layout]))
         judge(draws)
+
+    def test_negated_views(self) -> None:
+        """Tensors that stand in memory with the other sign, as the imaginary part of a conjugate does."""
+        problem, grad = draw_problem(Shape(3, 7, 16, 2)), torch.randn(3, 7, 16)
+        expected = run(self.forward, problem, grad)
+        negated = problem._replace(x=torch.complex(torch.zeros_like(problem.x), -problem.x).conj().imag)
+        got = run(self.forward, negated, torch.complex(torch.zeros_like(grad), -grad).conj().imag)
+        assert negated.x.is_neg()
+        torch.testing.assert_close(got.out, expected.out, rtol=0, atol=0)
+        torch.testing.assert_close(got.grads, expected.grads, rtol=0, atol=0)
 
     def test_one_field_for_all(self) -> None:
         """A stride of zero over the fields. The gradients of A and c are then rounding noise around zero."""

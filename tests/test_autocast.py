@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autoint_fast import InteractingLayer
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.weights import InteractingParameters
 from tests.cases import MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import Forward, assert_rule, einsum, expected_output, layer_forward
 

@@ -17,8 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer
-from autoint_fast.reference import InteractingParameters
-from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS
+from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters
 from tests.cases import LAYOUTS, MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import assert_rule, errors, expected_output, state_names
 from tests.suite import DTYPES, NO_SECOND_ORDER, short
@@ -371,3 +370,15 @@ def test_reference_layer_compiles() -> None:
     for batch in (3, 4, 5):
         x = torch.randn(batch, 5, 8, dtype=torch.float64)
         assert errors(compiled(x), expected_output(layer, x)).maximum <= 1e-12
+
+
+def test_width_of_one_in_training() -> None:
+    """With E = 1 a transposed gradient is contiguous: an operator must not return a view of what it was given."""
+    layer = InteractingLayer(1, 1, dtype=torch.float64)
+    x = torch.randn(4, 5, 1, dtype=torch.float64)
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    got = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    layer(x).sum().backward()
+    for one, p in zip(got, layer.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad, rtol=0, atol=1e-12)

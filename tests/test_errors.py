@@ -225,3 +225,37 @@ def test_nothing_is_changed_by_an_error(backend: str) -> None:
 def test_why_wants_a_layer() -> None:
     with pytest.raises(TypeError, match="layer: expected an InteractingLayer, got Linear"):
         why(nn.Linear(8, 8), torch.zeros(2, 3, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [None, "meta", "double"])
+def test_a_bias_unlike_the_weights(backend: str, bias: str | None) -> None:
+    layer = InteractingLayer(2, 8, backend=backend)
+    old = layer.w_vs.bias
+    layer.w_vs.bias = None if bias is None else nn.Parameter(old.double() if bias == "double" else old.to(bias))
+    with pytest.raises(ValueError, match=r"w_vs.bias: expected .*torch.float32 on cpu, got "):
+        layer(torch.zeros(2, 3, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_call_and_a_question_leave_parametrizations_alone(backend: str) -> None:
+    layer = InteractingLayer(2, 8, backend=backend)
+    nn.utils.parametrizations.spectral_norm(layer.w_qs)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    for bad in ("x", torch.zeros(2, 8), torch.zeros(2, 3, 9)):
+        with pytest.raises((TypeError, ValueError)):
+            layer(bad)
+    why(layer, torch.zeros(2, 3, 8))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_relies_on_the_call_of_a_projection_is_refused(backend: str) -> None:
+    layer, x = InteractingLayer(2, 8, backend=backend), torch.zeros(2, 3, 8)
+    layer.w_vs.forward = lambda x: 2 * x
+    with pytest.raises(TypeError, match="w_vs: expected a Linear with Linear's own forward"):
+        layer(x)
+    del layer.w_vs.forward
+    layer.w_vs.register_full_backward_pre_hook(lambda module, grad: grad)
+    with pytest.raises(RuntimeError, match="w_vs: a hook on this projection would never run"):
+        layer(x)

@@ -14,7 +14,7 @@ import torch.nn.utils.prune as prune
 from torch import Tensor, nn
 
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer, interacting_reference
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.weights import InteractingParameters
 from tests.cases import MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import (
     Multiplications,
@@ -647,3 +647,40 @@ def test_freezing_parameters() -> None:
         for p, value in zip(trained, expected[1:], strict=True):
             torch.testing.assert_close(p.grad, value, rtol=0, atol=1e-12)
         assert all(layer.get_parameter(name).grad is None for name in frozen)
+
+
+# --- what comes out is the caller's -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [3, 2000])
+def test_output_can_be_changed_in_place(backend: str, batch: int) -> None:
+    layer, x = InteractingLayer(2, 16, backend=backend), torch.randn(batch, 5, 16)
+    layer(x)[:, 0] = 0
+    with torch.no_grad():
+        out = layer(x)
+    out.mul_(torch.ones(1, requires_grad=True)).sum().backward()
+    with torch.no_grad():
+        layer(x).detach_()
+
+
+def test_a_first_call_under_another_default_device() -> None:
+    layer, x = InteractingLayer(3, 9), torch.randn(2, 5, 9)
+    with torch.device("meta"):
+        inside = layer(x)
+    assert torch.equal(layer(x), inside) and inside.device.type == "cpu"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hidden_field_may_hold_anything_finite(backend: str) -> None:
+    """Its score with itself overflows to NaN, which the mask hides."""
+    layer, x = InteractingLayer(2, 16, backend=backend), torch.randn(2, 5, 16)
+    x[0, 3] = 1e21 * torch.randn(16)
+    x.requires_grad_()
+    mask = torch.zeros(2, 1, 5, dtype=torch.bool)
+    mask[0, 0, 3] = True
+    out = layer(x, mask)
+    assert out[:, [0, 1, 2, 4]].isfinite().all()
+    out[:, [0, 1, 2, 4]].sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

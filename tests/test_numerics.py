@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.weights import InteractingParameters
 from tests.cases import Shape, draw_problem
 from tests.numerics import (
     NAMES,

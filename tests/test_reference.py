@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer, interacting_reference
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.weights import InteractingParameters
 from tests.cases import LAYOUTS, LISTED, MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import Problem, as_three_dimensions, einsum
 from tests.original import OriginalLayer

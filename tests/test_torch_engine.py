@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoint_fast.kernels import torch_engine
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.weights import InteractingParameters
 from tests.cases import GRAD_LAYOUTS, LAYOUTS, Shape, draw_mask, draw_problem
 from tests.numerics import (
     NAMES,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoint_fast import InteractingLayer, interacting_reference, op, why
 from autoint_fast.kernels import torch_engine
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.weights import InteractingParameters
 from tests.cases import Shape, draw_mask, draw_problem
 from tests.numerics import errors, expected_output, layer_of
 from tests.suite import NO_SECOND_ORDER
