@@ -1,16 +1,19 @@
-"""`python -m autoint_fast`: what is installed, what devices there are, and which engine runs what on them."""
+"""`python -m autoint_fast`: what is installed, what devices there are, and which engine runs what on them; `build`
+compiles for the native engine ahead of use."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import einops
 import torch
@@ -22,6 +25,8 @@ from .weights import Layout
 # Calls that show what an engine can do: fields, embedding size, heads, each in every dtype below.
 SHAPES = MappingProxyType({"MovieLens": (7, 16, 2), "Criteo": (39, 16, 2), "wide": (200, 64, 8)})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The same by the names that the command line knows them by.
+DTYPE_NAMES = MappingProxyType(dict(zip(("fp32", "bf16", "fp16", "fp64"), DTYPES, strict=True)))
 
 
 class Typical(NamedTuple):
@@ -186,14 +191,59 @@ def show_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def build_ahead(arguments: argparse.Namespace) -> int:
+    """The command `build`."""
+    # The report shall do without it.
+    from .kernels.native_engine import build
+
+    for fields, emb_size, heads, dtype in itertools.product(
+        arguments.fields, arguments.emb_size, arguments.heads, arguments.dtype
+    ):
+        shape = f"{fields}x{emb_size}x{heads} in {dtype}"
+        start = time.perf_counter()
+        try:
+            paths = build(fields, Layout(heads, emb_size, emb_size), DTYPE_NAMES[dtype])
+        # A folder that others can write is a PermissionError, a shape that it does not run a ValueError.
+        except (RuntimeError, OSError, ValueError) as error:
+            print(f"{shape}: {error}", file=sys.stderr)
+            return 1
+        print(f"{shape}: {time.perf_counter() - start:.1f} s", *paths, sep="\n  ", flush=True)
+    return 0
+
+
+def positive(word: str) -> int:
+    """A whole number above zero; raises ArgumentTypeError for anything else."""
+    if not (word.isascii() and word.isdigit() and int(word)):
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {word!r}")
+    return int(word)
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line; each command sets `run`, a function from its arguments to the exit status."""
-    parser = argparse.ArgumentParser("python -m autoint_fast", description="AutoInt's interacting layer, fused.")
+    parser = Parser("python -m autoint_fast", description="AutoInt's interacting layer, fused.")
     parser.add_argument("--version", action="version", version=f"autoint_fast {__version__}")
     parser.set_defaults(run=show_info)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     summary = "versions, devices, and what each engine could run here (the default)"
     commands.add_parser("info", help=summary, description=f"Shows {summary}.")
+    summary = "compiles the native engine's code for shapes ahead of their use, as into a container image"
+    build = commands.add_parser(
+        "build",
+        help=summary,
+        description=f"It {summary}: every combination of what is given. AUTOINT_FAST_CACHE names the folder.",
+    )
+    build.add_argument("--fields", type=positive, nargs="+", required=True, metavar="F", help="numbers of fields")
+    build.add_argument("--emb-size", type=positive, nargs="+", required=True, metavar="E", help="embedding sizes")
+    build.add_argument("--heads", type=positive, nargs="+", required=True, metavar="H", help="numbers of heads")
+    build.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", default=["fp32"], help="of the input (fp32)")
+    build.set_defaults(run=build_ahead)
     return parser
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from .kernels import torch_engine, triton_engine
+from .kernels import native_engine, torch_engine, triton_engine
 from .weights import InteractingParameters, Layout
 
 
@@ -29,6 +29,10 @@ class Engine(Protocol):
     """What every engine module provides; shapes and contracts as in `kernels.torch_engine`."""
 
     def unsupported(self, call: Call) -> list[str]: ...
+
+    def prepare(self, call: Call) -> bool: ...
+
+    def unchanged(self, p: InteractingParameters, copy: InteractingParameters, layout: Layout) -> bool: ...
 
     def fold(self, p: InteractingParameters, layout: Layout) -> Tensor: ...
 
@@ -51,7 +55,11 @@ class Engine(Protocol):
 
 
 # A dict, not a MappingProxyType, which Dynamo refuses once the compiled code has changed any dict.
-ENGINES: Mapping[str, Engine] = {"triton": cast(Engine, triton_engine), "torch": cast(Engine, torch_engine)}
+ENGINES: Mapping[str, Engine] = {
+    "triton": cast(Engine, triton_engine),
+    "native": cast(Engine, native_engine),
+    "torch": cast(Engine, torch_engine),
+}
 BACKENDS = ("auto", *ENGINES, "reference")
 
 
@@ -65,7 +73,7 @@ def check_backend(backend: str) -> None:
 
 def describe_call(x: Tensor, dtype: torch.dtype, layout: Layout) -> Call:
     """The facts of a call with input x (B, F, E) computed in `dtype`."""
-    return Call(x.device.type, dtype, x.shape[1], layout, _surroundings())
+    return Call("cpu" if x.is_cpu else x.device.type, dtype, x.shape[1], layout, _surroundings())
 
 
 def _surroundings() -> str | None:
@@ -85,7 +93,7 @@ def preference(call: Call) -> tuple[str, ...]:
         return ("triton", "torch")
     if call.device_type == "meta":
         return ()
-    return ("torch",)
+    return ("native", "torch")
 
 
 def choose(backend: str, call: Call) -> str:
@@ -96,12 +104,15 @@ def choose(backend: str, call: Call) -> str:
     if backend == "auto":
         # A loop, not next() with a default, which Dynamo of torch 2.7 does not trace.
         for name in preference(call):
-            if not ENGINES[name].unsupported(call):
+            if not ENGINES[name].unsupported(call) and ENGINES[name].prepare(call):
                 return name
         return "reference"
     if backend == "reference":
         return backend
-    reasons = ENGINES[backend].unsupported(call)
+    engine = ENGINES[backend]
+    reasons = engine.unsupported(call)
+    if not reasons and not engine.prepare(call):
+        reasons = engine.unsupported(call)
     if reasons:
         raise ValueError(f"backend={backend!r} cannot run this call: " + "; ".join(reasons))
     return backend
@@ -120,9 +131,9 @@ class Why(NamedTuple):
 
 
 def explain(backend: str, call: Call) -> Why:
-    """`choose`, with the reasons against every engine."""
+    """The engine that `choose` would give, with the reasons against every one; prepares nothing."""
     reasons: dict[str, list[str]] = {name: ENGINES[name].unsupported(call) for name in ENGINES}
     reasons["reference"] = []
-    if backend in ENGINES and reasons[backend]:
-        return Why("nothing (it raises)", reasons)
-    return Why(choose(backend, call), reasons)
+    if backend == "auto":
+        backend = next((name for name in preference(call) if not reasons[name]), "reference")
+    return Why("nothing (it raises)" if reasons[backend] else backend, reasons)

@@ -73,28 +73,31 @@ class InteractingLayer(ReferenceInteractingLayer):
         if backend == "reference":
             out, attention = interacting_reference(x, p, self.n_head, mask)
             return (out, attention.transpose(0, 1)) if return_attention else out
-        packed = self._last_packed(p, backend) if frozen is None else frozen[1]
-        out = op.interact(x.to(dtype), p, self.n_head, mask, backend, packed)
+        packed = self._last_packed(p, layout, backend) if frozen is None else frozen[1]
+        out = op.interact(x if x.dtype == dtype else x.to(dtype), p, layout, mask, backend, packed)
         if not return_attention:
             return out
         return out, attention_probabilities(x, p, self.n_head, mask).transpose(0, 1)
 
-    def _last_packed(self, p: InteractingParameters, backend: str) -> Tensor | None:
+    def _last_packed(self, p: InteractingParameters, layout: Layout, backend: str) -> Tensor | None:
         """The folded weights of the last CPU call without gradients, where the parameters are still the same."""
-        if torch.is_grad_enabled() or p.w_q.device.type != "cpu" or op.through_library(p.w_q):
+        if torch.is_grad_enabled() or not p.w_q.is_cpu or op.through_library(p.w_q):
             return None
         last = self._last
-        # `.data.mul_()` moves no version counter, so the values are compared, which is five times faster than folding.
-        if last is None or any(t.dtype != u.dtype or not torch.equal(t, u) for t, u in zip(p, last[0], strict=True)):
-            last = self._last = self._fold_copy(p, backend)
+        # The values are compared, as `.data.mul_()` moves no version counter.
+        if last is None or not dispatch.ENGINES[backend].unchanged(p, last[0], layout):
+            last = self._last = self._fold_copy(p, layout, backend)
         return last[1]
 
-    def _fold_copy(self, p: InteractingParameters, backend: str) -> tuple[InteractingParameters, Tensor]:
-        """A copy of parameters, and the weights folded from it."""
+    def _fold_copy(
+        self, p: InteractingParameters, layout: Layout, backend: str
+    ) -> tuple[InteractingParameters, Tensor]:
+        """A copy of parameters, side by side in memory, and the weights folded from it."""
         # Inference tensors could not take part in a later gradient with respect to x, nor be copied.
         with torch.inference_mode(False), torch.no_grad():
-            p = InteractingParameters(*(t.detach().clone() for t in p))
-            return p, op.fold(p, self.n_head, backend)
+            flat = torch.cat([t.detach().reshape(-1) for t in p]).split([t.numel() for t in p])
+            p = InteractingParameters(*(part.view(t.shape) for part, t in zip(flat, p, strict=True)))
+            return p, op.fold(p, layout, backend)
 
     def freeze(self) -> InteractingLayer:
         """Folds the weights once and for all until `unfreeze()`, `train(True)` or `load_state_dict`; gives self.
@@ -106,9 +109,12 @@ class InteractingLayer(ReferenceInteractingLayer):
         if self.training:
             raise ValueError("freeze: expected a layer in eval mode, got one in training mode; call eval() first")
         p = self.interacting_parameters()
-        call = dispatch.Call(p.w_q.device.type, p.w_q.dtype, 1, op.layout_of(p, self.n_head), inside=None)
-        backend = dispatch.explain("auto", call).choice
-        self._frozen = self._fold_copy(p, backend if backend in dispatch.ENGINES else "torch")
+        layout = Layout(self.n_head, self.emb_size, self.emb_size)
+        call = dispatch.Call(p.w_q.device.type, p.w_q.dtype, 1, layout, inside=None)
+        # A named engine that cannot run here may yet do so where the layer is moved to.
+        named = self.backend in dispatch.ENGINES and not dispatch.ENGINES[self.backend].unsupported(call)
+        backend = dispatch.choose(self.backend if named else "auto", call)
+        self._frozen = self._fold_copy(p, layout, backend if backend in dispatch.ENGINES else "torch")
         return self
 
     def unfreeze(self) -> InteractingLayer:

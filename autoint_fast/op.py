@@ -7,12 +7,12 @@ backwards), which cost tens.
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .dispatch import ENGINES
 from .weights import (
@@ -38,20 +38,8 @@ BATCHED = (
 )
 
 
-def layout_of(p: InteractingParameters, n_head: int) -> Layout:
+def _layout_of(p: InteractingParameters, n_head: int) -> Layout:
     return Layout(n_head, p.w_q.shape[1], p.w_o.shape[0])
-
-
-def _full_precision(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Keeps an ambient autocast away from the engines' own matmuls, in the forward and in the backward."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
-
-
-# Inside an engine nothing records gradients, so its operations may skip that layer of torch's dispatch, as torch's own
-# custom operators do: a tenth of the time of a small call.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _as_stored(t: Tensor) -> Tensor:
@@ -60,20 +48,17 @@ def _as_stored(t: Tensor) -> Tensor:
 
 
 def _fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
-    with _below_autograd(), _full_precision(p.w_q.device.type):
-        return ENGINES[backend].fold(p, layout)
+    return ENGINES[backend].fold(p, layout)
 
 
 def _fold_backward(
     grad: Tensor, p: InteractingParameters, layout: Layout, backend: str, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    with _below_autograd(), _full_precision(grad.device.type):
-        return ENGINES[backend].fold_backward(grad.contiguous(), p, layout, wanted)
+    return ENGINES[backend].fold_backward(grad.contiguous(), p, layout, wanted)
 
 
 def _interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str) -> Tensor:
-    with _below_autograd(), _full_precision(x.device.type):
-        return ENGINES[backend].interact(_as_stored(x), packed, mask, layout)
+    return ENGINES[backend].interact(_as_stored(x), packed, mask, layout)
 
 
 def _interact_backward(
@@ -86,8 +71,7 @@ def _interact_backward(
     backend: str,
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    with _below_autograd(), _full_precision(x.device.type):
-        return ENGINES[backend].interact_backward(_as_stored(grad), _as_stored(x), packed, out, mask, layout, needs)
+    return ENGINES[backend].interact_backward(_as_stored(grad), _as_stored(x), packed, out, mask, layout, needs)
 
 
 # --- eager: autograd.Function -----------------------------------------------------------------------------------
@@ -162,13 +146,13 @@ class _Interact(torch.autograd.Function):
 @torch.library.custom_op("autoint_fast::fold", mutates_args=())
 def _fold_op(parameters: list[Tensor], n_head: int, backend: str) -> Tensor:
     p = InteractingParameters(*parameters)
-    return _fold(p, layout_of(p, n_head), backend)
+    return _fold(p, _layout_of(p, n_head), backend)
 
 
 @_fold_op.register_fake
 def _(parameters: list[Tensor], n_head: int, backend: str) -> Tensor:
     p = InteractingParameters(*parameters)
-    return p.w_q.new_empty(layout_of(p, n_head).numel, dtype=folded_dtype(p.w_q.dtype))
+    return p.w_q.new_empty(_layout_of(p, n_head).numel, dtype=folded_dtype(p.w_q.dtype))
 
 
 @torch.library.custom_op("autoint_fast::fold_backward", mutates_args=())
@@ -176,7 +160,7 @@ def _fold_backward_op(
     grad: Tensor, parameters: list[Tensor], n_head: int, backend: str, wanted: list[bool]
 ) -> list[Tensor]:
     p = InteractingParameters(*parameters)
-    grads = _fold_backward(grad, p, layout_of(p, n_head), backend, tuple(wanted))
+    grads = _fold_backward(grad, p, _layout_of(p, n_head), backend, tuple(wanted))
     return [t.new_empty(0) if g is None else g for g, t in zip(grads, p, strict=True)]
 
 
@@ -275,9 +259,9 @@ _interact_backward_op.register_autograd(_refuse)
 # --- the entry points -------------------------------------------------------------------------------------------
 
 
-def through_library(tensor: Tensor) -> bool:
+def through_library(*tensors: Tensor) -> bool:
     """Whether a call must be visible as an operator: while compiling or exporting, and for tensor subclasses."""
-    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or any(type(t) is not Tensor and type(t) is not Parameter for t in tensors)
 
 
 def _needs(p: InteractingParameters) -> int:
@@ -295,19 +279,19 @@ def _needs(p: InteractingParameters) -> int:
     return needs
 
 
-def fold(p: InteractingParameters, n_head: int, backend: str) -> Tensor:
+def fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
     """The packed folded weights (Layout.numel,) of a layer as constants, on the engine named `backend`.
 
     fp64 for fp64 parameters, fp32 for all others.
     """
     with torch.no_grad():
-        return _fold(p, layout_of(p, n_head), backend)
+        return _fold(p, layout, backend)
 
 
 def interact(
     x: Tensor,
     p: InteractingParameters,
-    n_head: int,
+    layout: Layout,
     mask: Tensor | None,
     backend: str,
     packed: Tensor | None = None,
@@ -318,12 +302,11 @@ def interact(
     `fold` gives for p; without it p is folded in the call. Gives (B, F, O) in x's dtype; differentiable once with
     respect to x and p. RuntimeError when differentiated twice.
     """
-    layout = layout_of(p, n_head)
     needs = _needs(p) | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0
-    if through_library(x) or through_library(p.w_q):
+    if through_library(x, p.w_q):
         if packed is None:
-            packed = torch.ops.autoint_fast.fold(list(p), n_head, backend)
-        return torch.ops.autoint_fast.interact(x, packed, mask, n_head, layout.out_size, backend, needs)
+            packed = torch.ops.autoint_fast.fold(list(p), layout.n_head, backend)
+        return torch.ops.autoint_fast.interact(x, packed, mask, layout.n_head, layout.out_size, backend, needs)
     if needs:
         return _Interact.apply(x, packed, mask, layout, backend, needs, *p)
     if packed is None:

@@ -6,6 +6,7 @@ Everything else in this package is judged by what stands here; it is never the f
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as nnf
@@ -66,6 +67,7 @@ def _prepare_projection(name: str, projection: nn.Linear) -> None:
 
 
 PROJECTIONS = ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res")
+_hooks_of = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ReferenceInteractingLayer(nn.Module):
@@ -114,15 +116,29 @@ class ReferenceInteractingLayer(nn.Module):
     def interacting_parameters(self) -> InteractingParameters:
         """The layer's tensors, read now, so that parametrisations and swapped parameters count."""
         tensors: list[Tensor] = []
+        compiling = torch.compiler.is_compiling()
+        modules = self._modules
         for name in PROJECTIONS:
-            projection = getattr(self, name)
-            _prepare_projection(name, projection)
-            tensors += (projection.weight, projection.bias)
-        first = tensors[0]
+            projection = modules[name]
+            state = projection.__dict__
+            own = state["_parameters"]
+            if (
+                compiling
+                or type(projection) is not nn.Linear
+                or len(own) != 2
+                or any(_hooks_of(state))
+                or "forward" in state
+            ):
+                _prepare_projection(name, projection)
+                tensors += (projection.weight, projection.bias)
+            else:
+                # Past nn.Module's attribute look-up, which shows in the time of a call of one sample.
+                tensors += (own["weight"], own["bias"])
+        dtype, device = tensors[0].dtype, tensors[0].device
         for i, tensor in enumerate(tensors):
-            if tensor is None or tensor.device != first.device or tensor.dtype != first.dtype:
+            if tensor is None or tensor.dtype != dtype or tensor.device != device:
                 name = f"{PROJECTIONS[i // 2]}.{'bias' if i % 2 else 'weight'}"
-                expected = f"a tensor of w_qs.weight's dtype and device, {first.dtype} on {first.device}"
+                expected = f"a tensor of w_qs.weight's dtype and device, {dtype} on {device}"
                 raise ValueError(f"{name}: expected {expected}, got {describe(tensor)}")
         return InteractingParameters(*tensors)
 

@@ -12,8 +12,16 @@ Compares autoint_fast's engines with the layers people have. Every contestant is
 in float64 first, then timed in interleaved rounds. Prints tables, writes a CSV and a picture, and exits
 with 1 when an engine of autoint_fast computes wrong numbers.
 """
+CPU = """\
+Measures autoint_fast's native engine on this CPU against einsum, scaled_dot_product_attention, the PyTorch engine and
+the rate at which torch multiplies large matrices in the same rounds, and tells where its time goes. Every contestant
+is checked against its formula in float64 first. Prints a table, writes a CSV, and exits with 1 when an engine of
+autoint_fast computes wrong numbers.
+"""
+PLOT = "Draws the results of an earlier run."
 COMMANDS = """\
 commands:
+  python -m benchmarks cpu         the native engine against the limit of this CPU
   python -m benchmarks plot CSV    draw the results of an earlier run
 """
 
@@ -28,18 +36,20 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; gives the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    plotting = arguments[:1] == ["plot"]
+    command = arguments[0] if arguments and arguments[0] in ("cpu", "plot") else ""
     parser = Parser(
-        "python -m benchmarks plot" if plotting else "python -m benchmarks",
-        description="Draws the results of an earlier run." if plotting else INTRODUCTION,
-        epilog=None if plotting else COMMANDS,
+        f"python -m benchmarks {command}".strip(),
+        description={"cpu": CPU, "plot": PLOT}.get(command, INTRODUCTION),
+        epilog=None if command else COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        from . import plot, speed
+        from . import cpu, plot, speed
     except ModuleNotFoundError as error:
         parser.error(f"{error}; the benchmarks need autoint_fast[bench]")
-    return plot.main(arguments[1:], parser) if plotting else speed.main(arguments, parser)
+    if not command:
+        return speed.main(arguments, parser)
+    return (cpu if command == "cpu" else plot).main(arguments[1:], parser)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from autoint_fast.weights import Layout
+
 FORWARD = "forward"
 TRAINING = "forward+backward"
 MODES = (FORWARD, TRAINING)
@@ -43,6 +45,7 @@ SHAPES = MappingProxyType(
             Shape("criteo-4heads", 39, 16, 4),
             Shape("criteo-e10", 39, 10, 2),
             Shape("criteo-e40", 39, 40, 2),
+            Shape("criteo-e64", 39, 64, 4),
             Shape("wide64", 64, 16, 2),
             Shape("wide100", 100, 32, 4),
             Shape("wide300", 300, 64, 8),
@@ -78,6 +81,10 @@ class Case(NamedTuple):
     @property
     def device_type(self) -> str:
         return self.device.partition(":")[0]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.shape.n_head, self.shape.emb_size, self.shape.emb_size)
 
     @property
     def torch_dtype(self) -> torch.dtype:

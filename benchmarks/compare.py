@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 import torch
 
-from . import contestants, machine, memory, parity, timing
+from . import contestants, machine, memory, operations, parity, timing
 from .cases import Case
-from .contestants import Bout, Contestant, Unable
+from .contestants import SDPA, Bout, Contestant, Unable
 from .report import FAILED, OK, Row
 
 # Of the memory that is free now, what a contestant may be expected to need.
 USABLE_MEMORY = 0.8
+
+# What the yardstick is called among the contestants.
+SGEMM = "sgemm"
 
 # Told what is going on, and the share of the case that is done.
 Progress = Callable[[str, float], None]
@@ -25,12 +28,14 @@ Progress = Callable[[str, float], None]
 class Plan(NamedTuple):
     """How a case is measured.
 
-    rounds: None for as many as fit into `seconds`. memory: whether peak memory is measured too.
+    rounds: None for as many as fit into `seconds`. memory: whether peak memory is measured too. sgemm: whether
+    torch's rate of multiplying matrices is measured in the same rounds, to hold the contestants against.
     """
 
     rounds: int | None = None
     seconds: float = 1.0
     memory: bool = True
+    sgemm: bool = False
 
 
 def compare(
@@ -45,18 +50,16 @@ def compare(
 
     load: the load average before the run, for the record and its warning.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
     try:
-        # First, because on a GPU it takes memory that must not be missing later.
-        clock = timing.clock_for(case.device)
-        rows, bouts = _check(case, list(field), progress)
-        if bouts:
-            rows |= _time(case, rows, bouts, clock, plan, progress)
-        if plan.memory:
-            rows |= _weigh(case, rows, bouts, progress)
+        with timing.on_threads(case.threads):
+            # First, because on a GPU it takes memory that must not be missing later.
+            clock = timing.clock_for(case.device)
+            rows, bouts = _check(case, list(field), progress)
+            if bouts:
+                rows |= _time(case, rows, bouts, clock, plan, progress)
+            if plan.memory:
+                rows |= _weigh(case, rows, bouts, progress)
     finally:
-        torch.set_num_threads(threads)
         contestants.inputs.cache_clear()
     about = {**machine.describe(case.device)._asdict(), "load_average": load}
     about["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -126,16 +129,18 @@ def _time(
     plan: Plan,
     progress: Progress,
 ) -> dict[str, Row]:
+    sgemm = {SGEMM: operations.sgemm()} if plan.sgemm else {}
     samples = timing.race(
-        {name: bout.step for name, bout in bouts.items()},
+        {name: bout.step for name, bout in bouts.items()} | sgemm,
         clock,
         rounds=plan.rounds,
         seconds=plan.seconds,
         progress=lambda share: progress("timing", 0.2 + 0.5 * share),
     )
     figures = {name: timing.quantiles(seconds) for name, seconds in samples.items()}
+    sgemm_gflops = operations.sgemm_count() / figures.pop(SGEMM).p50 / 1e9 if plan.sgemm else None
     reference = figures["reference"].p50 if "reference" in figures else None
-    sdpa = min((figures[name].p50 for name in ("sdpa", "sdpa-fused") if name in figures), default=None)
+    sdpa = min((figures[name].p50 for name in SDPA if name in figures), default=None)
     warning = machine.unsteady(q.spread for q in figures.values())
     return {
         name: replace(
@@ -145,6 +150,8 @@ def _time(
             p50_ms=q.p50 * 1e3,
             p80_ms=q.p80 * 1e3,
             samples_per_s=case.batch / q.p50,
+            gflops=operations.count(case) / q.p50 / 1e9,
+            sgemm_gflops=sgemm_gflops,
             x_reference=reference / q.p50 if reference else None,
             x_sdpa=sdpa / q.p50 if sdpa else None,
             warning=warning,

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType, ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import autoint_fast
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer, interacting_reference
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.dispatch import ENGINES
+from autoint_fast.weights import InteractingParameters
 
 from . import criteo
 from .cases import FORWARD, MODES, Case
@@ -44,6 +45,7 @@ class Contestant(NamedTuple):
         else by its own.
     elements: about how many numbers a call keeps alive at its peak, input and gradients included.
     arrange: brings tensors in the order of the module's parameters into that of the definition.
+    ready: does what a case needs before the module is timed, and gives a note for the results. Raises Unable.
     splits: whether it leans on SDPA, which a GPU needs in pieces for a large batch.
     only_at: the names of the shapes it is worth its time at; None for all.
     """
@@ -54,6 +56,7 @@ class Contestant(NamedTuple):
     definition: Definition
     elements: Callable[[Case], int]
     arrange: Callable[[list[Tensor]], Sequence[Tensor]] = lambda tensors: tensors
+    ready: Callable[[Any, Case], str] = lambda module, case: getattr(module, "note", "")
     modes: tuple[str, ...] = MODES
     splits: bool = False
     only_at: tuple[str, ...] | None = None
@@ -75,7 +78,7 @@ class Bout(NamedTuple):
 def set_up(contestant: Contestant, case: Case) -> Bout:
     """The contestant's layer, input and timed step. Raises Unable where it cannot take part."""
     module = contestant.build(reference_layer(case)).train(case.training)
-    note = str(getattr(module, "note", ""))
+    note = contestant.ready(module, case)
     rows = MOST_BATCH_TIMES_HEADS // case.shape.n_head
     if contestant.splits and case.device_type == "cuda" and case.batch > rows:
         module, note = InPieces(module, rows), f"batch split: B*H > {MOST_BATCH_TIMES_HEADS:,}"
@@ -298,17 +301,36 @@ def _bare_package(root: str) -> Iterator[None]:
 
 def _engine(reference: ReferenceInteractingLayer, backend: str) -> InteractingLayer:
     weight = reference.fc_res.weight
-    layer = InteractingLayer(reference.n_head, reference.emb_size, device=weight.device, dtype=weight.dtype)
-    layer.load_state_dict(reference.state_dict())
-    choice, reasons = autoint_fast.why(layer, weight.new_empty(1, 1, reference.emb_size))
-    if backend == "auto":
-        layer.note = f"takes {choice}"
-    elif backend == "triton" and weight.device.type == "cpu":
+    on_cpu = weight.device.type == "cpu"
+    if backend == "triton" and on_cpu:
         raise Unable("needs a GPU")
-    elif reasons[backend]:
-        raise Unable("; ".join(reasons[backend]))
-    layer.backend = backend
+    if backend == "native" and not on_cpu:
+        raise Unable("needs a CPU")
+    if backend == "native" and "native" not in ENGINES:
+        raise Unable("not available")
+    layer = InteractingLayer(
+        reference.n_head, reference.emb_size, backend=backend, device=weight.device, dtype=weight.dtype
+    )
+    layer.load_state_dict(reference.state_dict())
     return layer
+
+
+def _ready(layer: InteractingLayer, case: Case) -> str:
+    """Says what "auto" takes, and has the code built that the native engine runs this shape with."""
+    choice, reasons = autoint_fast.why(layer, inputs(case))
+    explicit = layer.backend != "auto"
+    if explicit and reasons[layer.backend]:
+        raise Unable("; ".join(reasons[layer.backend]))
+    note = "" if explicit else f"takes {choice}"
+    if choice == "native":
+        engine: Any = ENGINES["native"]
+        try:
+            engine.build(case.shape.fields, case.layout, case.torch_dtype)
+        except RuntimeError as error:
+            if explicit:
+                raise Unable(str(error)) from None
+            note += f": {error}"
+    return note
 
 
 def _frozen(reference: ReferenceInteractingLayer) -> InteractingLayer:
@@ -372,12 +394,15 @@ _EXTERNAL = (
     Contestant("rechub", "torch-rechub's InteractingLayer", _rechub, rechub, _whole),
 )
 _OURS = tuple(
-    Contestant(f"ours-{name}", about, build, the_layer, _fused, modes=modes, ours=True)
+    Contestant(f"ours-{name}", about, build, the_layer, _fused, ready=_ready, modes=modes, ours=True)
     for name, about, build, modes in (
         ("torch", "autoint_fast's PyTorch engine", functools.partial(_engine, backend="torch"), MODES),
+        ("native", "autoint_fast's C++ engine", functools.partial(_engine, backend="native"), MODES),
         ("triton", "autoint_fast's Triton engine", functools.partial(_engine, backend="triton"), MODES),
         ("auto", "autoint_fast as it chooses", functools.partial(_engine, backend="auto"), MODES),
         ("frozen", "the same after freeze()", _frozen, (FORWARD,)),
     )
 )
 CONTESTANTS = MappingProxyType({contestant.name: contestant for contestant in (*_EXTERNAL, *_OURS)})
+# The spellings of one layer, of which the faster counts.
+SDPA = ("sdpa", "sdpa-fused")

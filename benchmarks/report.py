@@ -39,7 +39,9 @@ class Row:
     """One contestant in one case. None: not measured; `notes` say why.
 
     parity: "ok", "failed", or "" where it did not come to that. x_reference, x_sdpa: how many times faster
-    than those (the faster of the two SDPA layers) in the same rounds.
+    than those (the faster of the two SDPA layers) in the same rounds. gflops: what the folded form has to
+    compute, per second, whatever the contestant does for it; sgemm_gflops: torch's product of two matrices in the
+    same rounds.
     """
 
     data: str
@@ -59,6 +61,8 @@ class Row:
     p50_ms: float | None = None
     p80_ms: float | None = None
     samples_per_s: float | None = None
+    gflops: float | None = None
+    sgemm_gflops: float | None = None
     x_reference: float | None = None
     x_sdpa: float | None = None
     peak_extra_mib: float | None = None
@@ -90,8 +94,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file, restval="")
         try:
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            rows = list(reader)
+            missing = [name for name in KEY if name not in (reader.fieldnames or ())]
+            # A file of an earlier version lacks the columns that came later.
+            rows = [dict.fromkeys(COLUMNS, "") | row for row in reader]
         except csv.Error as error:
             raise ResultsError(f"{path}: expected a {CSV_NAME}: {error}") from None
     if missing:
@@ -123,6 +128,11 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def present(rows: Iterable[Row]) -> set[str]:
+    """The contestants that came to be judged in some case."""
+    return {row.contestant for row in rows if row.p50_ms is not None or row.parity}
+
+
 def table(rows: Sequence[Row], ours: Collection[str]) -> Table:
     """The rows of one mode, case by case; contestants named in `ours` stand out."""
     first = rows[0]
@@ -143,12 +153,12 @@ def table(rows: Sequence[Row], ours: Collection[str]) -> Table:
             result.add_row(
                 label,
                 row.contestant,
-                _number(row.p50_ms),
-                f"{_number(row.p20_ms)} - {_number(row.p80_ms)}" if row.p50_ms is not None else "",
+                number(row.p50_ms),
+                f"{number(row.p20_ms)} - {number(row.p80_ms)}" if row.p50_ms is not None else "",
                 f"{row.samples_per_s:,.0f}" if row.samples_per_s is not None else "",
-                _ratio(row.x_reference),
-                _ratio(row.x_sdpa),
-                _number(row.peak_extra_mib),
+                ratio(row.x_reference),
+                ratio(row.x_sdpa),
+                number(row.peak_extra_mib),
                 Text(f"WRONG: {row.notes}" if row.parity == FAILED else row.notes),
                 style="red" if bad else "bold green" if row.contestant in ours else None,
             )
@@ -165,12 +175,13 @@ def _labels(row: Row) -> list[Text]:
     ]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """With three digits that count, and no exponent."""
     if value is None:
         return ""
     return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """With two digits behind the point."""
     return "" if value is None else f"{value:.2f}"

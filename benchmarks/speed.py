@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from . import criteo, machine, plot, report
-from .cases import DEFAULT_BATCHES, DTYPES, MODES, SHAPES, Case, Shape, batches, parse_shape, threads_for
-from .compare import Plan, compare
+from . import command, criteo, plot, report
+from .cases import DEFAULT_BATCHES, DTYPES, MODES, SHAPES, Case, Shape, batches, threads_for
+from .command import at_least
+from .compare import Plan
 from .contestants import CONTESTANTS, Contestant
-from .report import FAILED, Row
+from .report import Row
 from .timing import LEAST_ROUNDS
-
-T = TypeVar("T", int, float)
-
-# A pipe has no width of its own, and rows that wrap cannot be read.
-PIPE_WIDTH = 150
-# As a shell has it for a process that ended by SIGINT.
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
     """Runs the comparison that the arguments ask for; gives the exit status."""
     _add_arguments(parser)
     options = parser.parse_args(arguments)
-    console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
+    console, errors = command.consoles()
     written = [options.out / report.CSV_NAME]
-    rows: list[Row] = []
-    interrupted = False
     try:
+        command.make_way(written[0])
         _prepare(options, parser, errors)
-        try:
-            rows.extend(_run(options, errors))
-        except KeyboardInterrupt:
-            interrupted = True
-            errors.print("Interrupted; what follows is what was measured until then.", style="yellow")
+        cases = _cases(options)
+        entry = functools.partial(_entry, options, cases)
+        rows, interrupted = command.measure(cases, entry, written[0], errors)
         if not rows:
             parser.error("nothing was measured: none of the contestants takes part in any of the cases")
         if options.plot and any(row.p50_ms for row in rows):
@@ -51,11 +38,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
     except (OSError, criteo.CriteoError, report.ResultsError) as error:
         parser.error(str(error))
     _show(rows, console)
-    for path in written:
-        console.print(str(path), style="dim", highlight=False, soft_wrap=True)
-    if interrupted:
-        return INTERRUPTED
-    return 1 if any(row.parity == FAILED and CONTESTANTS[row.contestant].ours for row in rows) else 0
+    return command.finish(rows, written, interrupted, console)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +46,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--shapes",
         nargs="+",
-        type=_shape,
+        type=command.shape,
         metavar="SHAPE",
         help=f"fields x embedding size x heads, as in 39x16x2, or one of {', '.join(SHAPES)} "
         f"(default: {', '.join(DEFAULT_BATCHES)})",
     )
-    what.add_argument("--batch", nargs="+", type=_at_least(1, int), metavar="B", help="batch sizes")
+    what.add_argument("--batch", nargs="+", type=at_least(1, int), metavar="B", help="batch sizes")
     what.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: both")
     what.add_argument(
         "--contestants",
@@ -89,14 +72,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--device", default="cpu", type=_device, help="cpu, cuda or cuda:N (default: cpu)")
     how.add_argument(
         "--threads",
-        type=_at_least(1, int),
+        type=at_least(1, int),
         metavar="N",
         help="CPU threads (default: as many as torch takes, but one for batches of up to 512)",
     )
-    how.add_argument("--rounds", type=_at_least(1, int), metavar="N", help="rounds per case")
+    how.add_argument("--rounds", type=at_least(1, int), metavar="N", help="rounds per case")
     how.add_argument(
         "--seconds",
-        type=_at_least(0.0, float),
+        type=at_least(0.0, float),
         default=Plan().seconds,
         metavar="S",
         help=f"without --rounds: seconds of timing per case, and {LEAST_ROUNDS} rounds at least (default: %(default)s)",
@@ -114,26 +97,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(["contestants:", *names, "", parser.epilog or ""])
 
 
-def _shape(text: str) -> Shape:
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _at_least(least: T, kind: Callable[[str], T]) -> Callable[[str], T]:
-    def parse(text: str) -> T:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text!r}")
-        return value
-
-    return parse
-
-
 def _device(text: str) -> str:
     try:
         device = torch.device(text)
@@ -149,10 +112,7 @@ def _device(text: str) -> str:
 
 
 def _prepare(options: argparse.Namespace, parser: argparse.ArgumentParser, errors: Console) -> None:
-    """Finds now what would end a run later. Raises OSError, CriteoError and ResultsError."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    if (options.out / report.CSV_NAME).exists():
-        report.read_csv(options.out / report.CSV_NAME)
+    """Finds now what would end a run later. Raises OSError and CriteoError."""
     if options.device != "cpu":
         # Events and the cache flush belong to the current device.
         torch.cuda.set_device(options.device)
@@ -190,26 +150,10 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _run(options: argparse.Namespace, errors: Console) -> Iterator[Row]:
-    """The rows, case by case; each is in the CSV before it is given."""
-    load = machine.load_average() if options.device == "cpu" else None
-    if busy := machine.busy(load):
-        errors.print(f"This machine is busy ({busy}): do not trust the timings.", style="yellow")
-    cases = _cases(options)
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task("", total=len(cases))
-        for i, case in enumerate(cases):
-
-            def advance(what: str, share: float, i: int = i, case: Case = case) -> None:
-                bar.update(task, completed=i + share, description=f"{case}: {what}")
-
-            # Memory grows with the batch, so the largest tells; compiling is worth it once.
-            largest = case.batch == max(other.batch for other in cases if other.shape == case.shape)
-            plan = Plan(options.rounds, options.seconds, options.memory and largest)
-            rows = compare(case, _field(options, case, largest), plan, advance, load=load)
-            report.update_csv(options.out / report.CSV_NAME, rows)
-            yield from rows
+def _entry(options: argparse.Namespace, cases: Sequence[Case], case: Case) -> tuple[list[Contestant], Plan]:
+    # Memory grows with the batch, so the largest tells; compiling is worth it once.
+    largest = case.batch == max(other.batch for other in cases if other.shape == case.shape)
+    return _field(options, case, largest), Plan(options.rounds, options.seconds, options.memory and largest)
 
 
 def _field(options: argparse.Namespace, case: Case, largest: bool) -> list[Contestant]:
@@ -220,16 +164,9 @@ def _field(options: argparse.Namespace, case: Case, largest: bool) -> list[Conte
 
 
 def _show(rows: Sequence[Row], console: Console) -> None:
-    """The tables, and in a line each who never took part."""
-    present = {row.contestant for row in rows if row.p50_ms is not None or row.parity}
+    present = report.present(rows)
     ours = [name for name, contestant in CONTESTANTS.items() if contestant.ours]
     for mode in MODES:
         shown = [row for row in rows if row.mode == mode and row.contestant in present]
         if shown:
             console.print(report.table(shown, ours))
-    for name, why in {row.contestant: row.notes for row in rows if row.contestant not in present}.items():
-        console.print(f"not measured: {name}: {why}", highlight=False, markup=False)
-    first = rows[0]
-    known = [name for name in ("torch", "triton", "python", "autoint_fast", "commit") if getattr(first, name)]
-    versions = ", ".join(f"{name} {getattr(first, name)}" for name in known)
-    console.print(f"{first.processor} ({first.machine}), {versions}", highlight=False, markup=False)

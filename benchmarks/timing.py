@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,17 @@ def quantiles(seconds: Sequence[float]) -> Quantiles:
     points = [*seconds, *seconds] if len(seconds) == 1 else seconds
     deciles = statistics.quantiles(points, n=10, method="inclusive")
     return Quantiles(deciles[1], deciles[4], deciles[7])
+
+
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cpu_clock(step: Step, calls: int) -> float:

@@ -141,6 +141,16 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, con
     return out
 
 
+def prepare(call: Call) -> bool:
+    """There is nothing to make ready."""
+    return True
+
+
+def unchanged(p: InteractingParameters, copy: InteractingParameters, layout: Layout) -> bool:
+    """As `torch_engine.unchanged`: one launch folds, while to compare would be to wait for the device."""
+    return False
+
+
 def interact_backward(
     grad: Tensor,
     x: Tensor,

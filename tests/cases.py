@@ -9,8 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autoint_fast.reference import InteractingParameters
+from autoint_fast.kernels import native_build
+from autoint_fast.weights import InteractingParameters
 from tests.numerics import Problem
+
+# What runs on CPU tensors without Triton's interpreter. Where there is no compiler, test_native_engine.py says so.
+FUSED = ("native", "torch") if native_build.compiler() else ("torch",)
+BACKENDS = ("auto", *FUSED, "reference")
 
 
 class Shape(NamedTuple):

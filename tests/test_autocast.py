@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from autoint_fast import InteractingLayer
 from autoint_fast.weights import InteractingParameters
-from tests.cases import MASK_SIZES, Shape, draw_mask, draw_problem
+from tests.cases import BACKENDS, MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import Forward, assert_rule, einsum, expected_output, layer_forward
 
-BACKENDS = ("auto", "torch", "reference")
 LOW = (torch.bfloat16, torch.float16)
 SHAPE = Shape(4, 7, 16, 2)
 

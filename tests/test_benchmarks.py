@@ -395,6 +395,14 @@ def test_a_run_replaces_its_own_rows_only(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["results.csv"]
 
 
+def test_a_file_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    old = {name: "1" for name in report.COLUMNS if name not in ("gflops", "sgemm_gflops")}
+    path.write_text(f"{','.join(old)}\n{','.join(old.values())}\n")
+    report.update_csv(path, [ROW])
+    assert [(row["p50_ms"], row["gflops"]) for row in report.read_csv(path)] == [("1", ""), ("1", "")]
+
+
 def test_another_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.write_text("a,b\n1,2\n")
@@ -506,4 +514,4 @@ def test_help_names_every_contestant(capsys: pytest.CaptureFixture[str]) -> None
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"{contestant.name:<14}{contestant.about}" in shown for contestant in CONTESTANTS.values())
-    assert "plot CSV" in shown
+    assert "plot CSV" in shown and "python -m benchmarks cpu" in shown

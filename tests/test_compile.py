@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer
 from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters
-from tests.cases import LAYOUTS, MASK_SIZES, Shape, draw_mask, draw_problem
+from tests.cases import BACKENDS, LAYOUTS, MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import assert_rule, errors, expected_output, state_names
 from tests.suite import DTYPES, NO_SECOND_ORDER, short
 
@@ -237,7 +237,7 @@ def test_second_order_through_compiled_code_is_refused() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_export_with_a_dynamic_batch(backend: str, strict: bool, frozen: bool) -> None:
     layer = InteractingLayer(2, 8, backend=backend, dtype=torch.float64).eval()
     if frozen:

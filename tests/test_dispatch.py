@@ -24,10 +24,10 @@ def call(device: str = "cpu", inside: str | None = None) -> Call:
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
-    """Two engines whose reasons a test sets, in place of the real ones."""
+    """Engines whose reasons a test sets, in place of the real ones."""
     fakes = {}
-    for name in ("triton", "torch"):
-        fake = SimpleNamespace(reasons=[])
+    for name in ("triton", "native", "torch"):
+        fake = SimpleNamespace(reasons=[], prepare=lambda call: True)
         fake.unsupported = lambda call, fake=fake: list(fake.reasons)
         fakes[name] = fake
     monkeypatch.setattr(dispatch, "ENGINES", fakes)
@@ -44,9 +44,25 @@ def test_auto_takes_the_fastest_that_can(engines: dict[str, SimpleNamespace]) ->
 
 def test_auto_on_a_cpu_never_takes_the_gpu_engine(engines: dict[str, SimpleNamespace]) -> None:
     for inside in (None, "torch.jit.trace"):
-        assert dispatch.choose("auto", call("cpu", inside)) in ("torch", "reference")
+        assert dispatch.choose("auto", call("cpu", inside)) == "native"
+    engines["native"].reasons = ["no"]
+    assert dispatch.choose("auto", call("cpu")) == "torch"
     engines["torch"].reasons = ["no"]
     assert dispatch.choose("auto", call("cpu")) == "reference"
+
+
+def test_an_engine_that_cannot_be_made_ready_is_passed_over(engines: dict[str, SimpleNamespace]) -> None:
+    """What a first call needs may fail, as compiling does; the engine then has a reason."""
+
+    def fail(call: Call) -> bool:
+        engines["native"].reasons = ["it cannot be compiled"]
+        return False
+
+    engines["native"].prepare = fail
+    assert dispatch.choose("auto", call()) == "torch"
+    engines["native"].reasons = []
+    with pytest.raises(ValueError, match=r"backend='native'.*it cannot be compiled"):
+        dispatch.choose("native", call())
 
 
 def test_auto_on_meta_is_the_reference() -> None:
@@ -74,7 +90,7 @@ def test_why_agrees_with_the_call(engines: dict[str, SimpleNamespace]) -> None:
     engines["triton"].reasons = ["x is on a CPU", "something else"]
     for backend in ("auto", "torch", "reference", "triton"):
         answer = why(InteractingLayer(2, 16, backend=backend), torch.zeros(2, 39, 16))
-        assert list(answer.reasons) == ["triton", "torch", "reference"]
+        assert list(answer.reasons) == ["triton", "native", "torch", "reference"]
         assert answer.reasons["triton"] == engines["triton"].reasons
         assert answer.reasons["torch"] == answer.reasons["reference"] == []
         text = str(answer)
@@ -89,14 +105,17 @@ def test_why_runs_nothing(monkeypatch: pytest.MonkeyPatch, engines: dict[str, Si
     layer = InteractingLayer(2, 16)
     x = torch.zeros(2, 3, 16, requires_grad=True)
     answer = why(layer, x, torch.zeros(2, 1, 3, dtype=torch.bool))  # the fakes cannot run anything
-    assert answer.choice in ("torch", "reference") and x.grad is None
+    assert answer.choice in ("native", "torch", "reference") and x.grad is None
 
 
 def test_the_layer_runs_what_why_says(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     real = dispatch.ENGINES["torch"]
+    monkeypatch.setattr(dispatch, "preference", lambda call: ("torch",))
     spy = SimpleNamespace(
         unsupported=real.unsupported,
+        prepare=real.prepare,
+        unchanged=real.unchanged,
         fold=real.fold,
         interact=lambda *arguments: (ran.append("torch"), real.interact(*arguments))[1],
     )
@@ -121,7 +140,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
     with pytest.raises(ValueError) as caught:
         layer(x)
     assert all(reason in str(caught.value) for reason in answer.reasons["triton"])
-    assert why(InteractingLayer(2, 16), x).choice in ("torch", "reference")
+    assert why(InteractingLayer(2, 16), x).choice in ("native", "torch")
 
 
 def test_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

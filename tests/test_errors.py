@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer, why
+from tests.cases import BACKENDS
 from tests.numerics import expected_output
-
-BACKENDS = ("auto", "torch", "reference")
 
 
 class Layers:

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from autoint_fast import InteractingLayer
 from autoint_fast.weights import Layout
-from tests.cases import Shape, draw_mask, draw_problem
+from tests.cases import BACKENDS, Shape, draw_mask, draw_problem
 from tests.numerics import Multiplications, errors, expected_output, layer_of
-
-BACKENDS = ("auto", "torch", "reference")
 
 
 def fresh(dtype: torch.dtype = torch.float64, backend: str = "auto") -> InteractingLayer:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer, interacting_reference
 from autoint_fast.weights import InteractingParameters
-from tests.cases import MASK_SIZES, Shape, draw_mask, draw_problem
+from tests.cases import BACKENDS, FUSED, MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import (
     Multiplications,
     as_three_dimensions,
@@ -28,7 +28,6 @@ from tests.numerics import (
 )
 from tests.original import OriginalLayer
 
-BACKENDS = ("auto", "torch", "reference")
 STATE = [f"{part}.{kind}" for part in ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res") for kind in ("weight", "bias")]
 
 
@@ -199,7 +198,7 @@ def test_half_and_friends() -> None:
 def test_meta_device(backend: str) -> None:
     torch.manual_seed(0)
     layer = InteractingLayer(2, 8, backend=backend, device="meta")
-    if backend != "torch":  # the torch engine may, "auto" takes the reference
+    if backend not in FUSED:  # "auto" takes the reference
         out = layer(torch.empty(3, 4, 8, device="meta"), torch.ones(3, 1, 4, dtype=torch.bool, device="meta"))
         assert out.shape == (3, 4, 8) and out.device.type == "meta"
     layer = layer.to_empty(device="cpu")

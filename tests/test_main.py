@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 import autoint_fast
 from autoint_fast import __main__ as command
 from autoint_fast import dispatch
+from autoint_fast.weights import Layout
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,13 +85,78 @@ def test_version_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"autoint_fast {autoint_fast.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["--nonsense"], ["info", "extra"], [""]])
+BUILD = ["build", "--fields", "39", "--emb-size", "16", "--heads", "2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["info", "extra"],
+        [""],
+        ["build"],
+        BUILD[:-2],
+        [*BUILD, "extra"],
+        [*BUILD, "0"],
+        [*BUILD, "-1"],
+        [*BUILD, "2.5"],
+        [*BUILD, "²"],
+        [*BUILD, "--dtype"],
+        [*BUILD, "--dtype", "int8"],
+    ],
+)
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         command.main(arguments)
     assert raised.value.code == 2
     streams = capsys.readouterr()
-    assert not streams.out and "python -m autoint_fast" in streams.err
+    assert not streams.out and streams.err.startswith("python -m autoint_fast")
+    assert streams.err.count("\n") == 1 and streams.err.endswith("\n")
+
+
+# --- build ------------------------------------------------------------------------------------------------
+
+
+Built = list[tuple[int, Layout, torch.dtype]]
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Built:
+    """What a native engine in the real one's place is asked to build; it refuses 13 fields and above."""
+    calls: Built = []
+
+    def build(n_fields: int, layout: Layout, dtype: torch.dtype) -> list[Path]:
+        calls.append((n_fields, layout, dtype))
+        if n_fields > 12:
+            raise {13: RuntimeError, 14: PermissionError, 15: ValueError}[n_fields]("why\nnot")
+        return [Path("/cache/generic.so"), Path(f"/cache/{n_fields}.so")]
+
+    monkeypatch.setitem(sys.modules, "autoint_fast.kernels.native_engine", SimpleNamespace(build=build))
+    return calls
+
+
+def test_build(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["build", "--fields", "7", "--emb-size", "16", "--heads", "2"]) == 0
+    assert built == [(7, Layout(2, 16, 16), torch.float32)]
+    streams = capsys.readouterr()
+    assert re.fullmatch(r"7x16x2 in fp32: \d+\.\d s\n  /cache/generic\.so\n  /cache/7\.so\n", streams.out)
+    assert not streams.err
+
+
+def test_build_combinations(built: Built) -> None:
+    shapes = ["--fields", "7", "12", "--emb-size", "8", "16", "--heads", "1", "2"]
+    assert command.main(["build", *shapes, "--dtype", "bf16", "fp16", "fp64"]) == 0
+    dtypes = (torch.bfloat16, torch.float16, torch.float64)
+    assert built == [(f, Layout(h, e, e), d) for f in (7, 12) for e in (8, 16) for h in (1, 2) for d in dtypes]
+
+
+@pytest.mark.parametrize("fields", ["13", "14", "15"])
+def test_build_that_fails(fields: str, built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["build", "--fields", "7", fields, "8", "--emb-size", "16", "--heads", "2"]) == 1
+    streams = capsys.readouterr()
+    assert streams.out.startswith("7x16x2 in fp32: ") and streams.err == f"{fields}x16x2 in fp32: why\nnot\n"
+    assert len(built) == 2
 
 
 # --- triton -----------------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from autoint_fast import InteractingLayer
-from tests.cases import draw_mask
+from tests.cases import BACKENDS, draw_mask
 from tests.numerics import expected_output
 
 ROOT = Path(__file__).parents[1]
 THREADS = 8
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_threads_train_on_one_layer(backend: str) -> None:
     """Forward and backward at once from several threads, each as if it were alone."""
     layer = InteractingLayer(2, 8, backend=backend, dtype=torch.float64)

@@ -13,12 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from autoint_fast import InteractingLayer, interacting_reference, op, why
 from autoint_fast.kernels import torch_engine
-from autoint_fast.weights import InteractingParameters
-from tests.cases import Shape, draw_mask, draw_problem
+from autoint_fast.weights import InteractingParameters, Layout
+from tests.cases import BACKENDS, FUSED, Shape, draw_mask, draw_problem
 from tests.numerics import errors, expected_output, layer_of
 from tests.suite import NO_SECOND_ORDER
-
-BACKENDS = ("auto", "torch", "reference")
 
 
 def draw_layer(backend: str = "auto") -> InteractingLayer:
@@ -193,7 +191,7 @@ def test_forward_mode_is_right_or_refused(backend: str, tangent_of: str, needs_g
             try:
                 out = torch.func.functional_call(which, state, (given,))
             except ValueError as error:
-                assert backend == "torch" and "forward-mode" in str(error)
+                assert backend in FUSED and "forward-mode" in str(error)
                 return
             results.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
     assert results[1] is not None, "the tangent was dropped"
@@ -294,7 +292,7 @@ def test_torchscript_trace_is_right_for_other_batches_or_refused(backend: str, b
         try:
             traced = torch.jit.trace(layer, draw_x(batch, 5, 4), check_trace=False)
         except ValueError as error:
-            assert backend == "torch" and "torch.jit.trace" in str(error)
+            assert backend in FUSED and "torch.jit.trace" in str(error)
             return
         for other in (batch, 1, 3 * batch):
             x = draw_x(other, 5, 4)
@@ -304,6 +302,6 @@ def test_torchscript_trace_is_right_for_other_batches_or_refused(backend: str, b
 def test_parameters_as_plain_tensors() -> None:
     """The op's own signature, as another layer would call it: nothing but tensors."""
     x, p, n_head, _ = draw_problem(Shape(3, 5, 4, 2), torch.float64)
-    out = op.interact(x, p, n_head, None, "torch")
+    out = op.interact(x, p, Layout(n_head, 4, 4), None, "torch")
     expected, _ = interacting_reference(x, InteractingParameters(*p), n_head)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)

@@ -1,0 +1,1022 @@
+// The folded layer on CPUs, each sample in one pass: nothing of the size of the scores is ever in memory.
+//
+// A group of LANES samples is transposed on load, so that each lane of a vector is one sample. Then nothing is padded, the
+// softmax needs no step across lanes, and every product is a block of accumulators in registers; the weights enter as
+// scalars. What is left of a batch, and single requests, take the other layout: one sample, its rows in the lanes, its keys
+// scalars; the same code serves both.
+//
+// AUTOINT_F, _E, _O and _H make the shape known to the compiler; without them one build serves every shape. Both add in
+// the same order. AUTOINT_T is the dtype of x, out and their gradients: 0 float, 1 double, 2 bfloat16, 3 half.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+// What several callers share: copies of it would only take time to compile.
+#define SHARED __attribute__((noinline))
+
+// Lanes of a and b by number.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
+#endif
+
+namespace {
+
+using std::int64_t;
+
+#if AUTOINT_T == 1
+using Real = double;
+using Integer = int64_t;
+#else
+using Real = float;
+using Integer = std::int32_t;
+#endif
+
+#if AUTOINT_T < 2
+using Element = Real;
+#else
+using Element = std::uint16_t;
+#endif
+
+constexpr int LANES = AUTOINT_LANE_BYTES / sizeof(Real);
+typedef Real Vector __attribute__((vector_size(AUTOINT_LANE_BYTES)));
+typedef Integer Integers __attribute__((vector_size(AUTOINT_LANE_BYTES)));
+
+constexpr Real INF = std::numeric_limits<Real>::infinity();
+constexpr Real LN2 = Real(0.693147180559945309417232121458), LOG2E = Real(1.44269504088896340735992468100);
+
+// Accumulators of a product: ROWS x 4 of them, the operands of a step and a scalar fit the registers.
+#if defined(__AVX512VL__) || defined(__aarch64__)
+constexpr int ROWS = 6;
+#else
+constexpr int ROWS = 3;
+#endif
+constexpr int COLUMNS = 4;
+
+#ifdef AUTOINT_F
+struct Shape {
+    static constexpr int64_t f = AUTOINT_F, e = AUTOINT_E, o = AUTOINT_O, h = AUTOINT_H;
+};
+#else
+struct Shape {
+    int64_t f, e, o, h;
+};
+#endif
+
+// --- a profile, in builds that ask for one ---------------------------------------------------------------------------
+
+enum Phase { LOAD, PROJECT, SCORES, EXP, VALUES, GRADIENTS, STORE, PHASES };
+
+#ifdef AUTOINT_PROFILE
+std::uint64_t ticks[PHASES], last_tick;
+// Attributes the time since the last mark to a phase. Not for several threads.
+INLINE void mark(Phase phase) {
+#if defined(__x86_64__)
+    std::uint64_t now = __builtin_ia32_rdtsc();
+#else
+    std::uint64_t now = __builtin_readcyclecounter();
+#endif
+    ticks[phase] += now - last_tick;
+    last_tick = now;
+}
+#else
+INLINE void mark(Phase) {}
+#endif
+
+// --- vectors ---------------------------------------------------------------------------------------------------------
+
+INLINE Vector broadcast(Real value) { return value - Vector{}; }
+
+INLINE Vector choose(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
+
+// 2^x for x <= 0, within 1 ulp; zero below the normal numbers, NaN for NaN.
+INLINE Vector exp2(Vector x) {
+#if AUTOINT_T == 1
+    constexpr Real c[] = {0.69314718055994569679, 0.24022650695910098007, 0.055504108664790389252,
+        0.0096181291076070019986, 0.0013333558153441334774, 0.00015403530440572599042, 0.000015252727383872462884,
+        1.3215442675115585098e-6, 1.0180648196555812362e-7, 7.0725704454692940706e-9, 4.0779938562463537778e-10};
+    constexpr Real least = -1022, shift = 6755399441055744.0;
+    constexpr int mantissa = 52;
+#else
+    constexpr Real c[] = {0.69314722539501108653f, 0.24022651084117293574f, 0.055502973141993247575f,
+        0.0096180307825051537978f, 0.0013410000966100157069f, 0.00015469731977475548114f};
+    constexpr Real least = -126, shift = 12582912.0f;
+    constexpr int mantissa = 23;
+#endif
+    constexpr int degree = sizeof c / sizeof *c;
+    // In its last bits x + shift is x rounded to a whole number, ready to be added to an exponent.
+    Vector shifted = x + shift;
+    Vector rest = x - (shifted - shift);
+    Vector sum = broadcast(c[degree - 1]);
+#pragma GCC unroll 16
+    for (int i = degree - 2; i >= 0; --i) sum = sum * rest + c[i];
+    sum = sum * rest + Real(1);
+    Vector result = (Vector)((Integers)sum + ((Integers)shifted << mantissa));
+    return choose(x < least, Vector{}, result);
+}
+
+// v with lane i in the place of lane i ^ distance.
+template <int distance, int... I>
+INLINE Vector swapped(Vector v, std::integer_sequence<int, I...>) {
+    return SHUFFLE(v, v, (I ^ distance)...);
+}
+
+// The sum of all lanes, in halves.
+template <int half = LANES / 2>
+INLINE Real total(Vector v) {
+    Vector upper = swapped<half>(v, std::make_integer_sequence<int, LANES>{});
+    v += upper;
+    if constexpr (half > 1) return total<half / 2>(v);
+    else return v[0];
+}
+
+template <int... I>
+INLINE Vector interleave_low(Vector a, Vector b, std::integer_sequence<int, I...>) {
+    return SHUFFLE(a, b, (I / 2 + I % 2 * LANES)...);
+}
+
+template <int... I>
+INLINE Vector interleave_high(Vector a, Vector b, std::integer_sequence<int, I...>) {
+    return SHUFFLE(a, b, (LANES / 2 + I / 2 + I % 2 * LANES)...);
+}
+
+INLINE void transpose(Vector (&v)[LANES]) {
+    using Lanes = std::make_integer_sequence<int, LANES>;
+#pragma GCC unroll 4
+    for (int stage = 1; stage < LANES; stage *= 2) {
+        Vector next[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; ++i) {
+            next[2 * i] = interleave_low(v[i], v[i + LANES / 2], Lanes{});
+            next[2 * i + 1] = interleave_high(v[i], v[i + LANES / 2], Lanes{});
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) v[i] = next[i];
+    }
+}
+
+// --- elements of tensors ---------------------------------------------------------------------------------------------
+
+#if AUTOINT_T == 2
+INLINE Real to_real(Element t) {
+    std::uint32_t bits = std::uint32_t(t) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE Element to_element(Real value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (value != value) return 0x7fc0;
+    return Element((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+#elif AUTOINT_T == 3
+INLINE Real to_real(Element t) {
+    _Float16 value;
+    std::memcpy(&value, &t, 2);
+    return Real(value);
+}
+INLINE Element to_element(Real value) {
+    _Float16 half = _Float16(value);
+    Element t;
+    std::memcpy(&t, &half, 2);
+    return t;
+}
+#else
+INLINE Real to_real(Element t) { return t; }
+INLINE Element to_element(Real value) { return value; }
+#endif
+
+INLINE Vector load(const Element* from) {
+    Vector v;
+#if AUTOINT_T < 2
+    std::memcpy(&v, from, sizeof v);
+#else
+    for (int i = 0; i < LANES; ++i) v[i] = to_real(from[i]);
+#endif
+    return v;
+}
+
+INLINE void store(Element* to, Vector v) {
+#if AUTOINT_T < 2
+    std::memcpy(to, &v, sizeof v);
+#else
+    for (int i = 0; i < LANES; ++i) to[i] = to_element(v[i]);
+#endif
+}
+
+// A (B, F, N) tensor with any strides.
+struct Tensor {
+    const Element* data;
+    int64_t sb, sf, se;
+
+    // Whether the elements of a sample lie side by side.
+    bool dense(int64_t n) const { return se == 1 && sf == n; }
+};
+
+// --- loops over blocks ------------------------------------------------------------------------------------------------
+
+template <int N>
+using Size = std::integral_constant<int, N>;
+
+template <int N, class Body>
+INLINE void dispatch(int64_t n, Body&& body) {
+    if (n == N) body(Size<N>{});
+    else if constexpr (N > 1) dispatch<N - 1>(n, body);
+}
+
+// body(size, first) for blocks of N and a smaller last one.
+template <int N, class Body>
+INLINE void blocks(int64_t n, Body&& body) {
+    int64_t i = 0;
+    for (; i + N <= n; i += N) body(Size<N>{}, i);
+    if constexpr (N > 1) dispatch<N - 1>(n - i, [&](auto size) { body(size, i); });
+}
+
+// body(size, first) for as few blocks of at most ROWS as there can be, none much smaller than the others.
+template <class Body>
+INLINE void row_blocks(int64_t n, Body&& body) {
+    int64_t count = (n + ROWS - 1) / ROWS, more = n % count, small = n / count;
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t first = i * small + (i < more ? i : more);
+        dispatch<ROWS>(small + (i < more), [&](auto size) { body(size, first); });
+    }
+}
+
+// sums[r][c] += left(r, k) right(k, c), summed over k in order. One of the two may be a scalar.
+template <int R, int C, class Left, class Right>
+INLINE void multiply(Vector (&sums)[R][C], int64_t n, Left left, Right right) {
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < n; ++k) {
+        decltype(left(0, k)) l[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) l[r] = left(r, k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+            auto w = right(k, c);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums[r][c] += l[r] * w;
+        }
+    }
+}
+
+// The same for many k: sums of sums, since the rounding of a sum grows with its length.
+template <int R, int C, class Left, class Right>
+INLINE void multiply_long(Vector (&sums)[R][C], int64_t n, Left left, Right right) {
+    constexpr int64_t LONG = 32;
+    const int64_t pieces = (n + LONG - 1) / LONG;
+    for (int64_t i = 0; i < pieces; ++i) {
+        const int64_t first = n * i / pieces;
+        Vector piece[R][C] = {};
+        multiply(
+            piece, n * (i + 1) / pieces - first, [&](int r, int64_t k) { return left(r, first + k); },
+            [&](int64_t k, int c) { return right(first + k, c); });
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) sums[r][c] += piece[r][c];
+    }
+}
+
+template <int R, int C>
+INLINE void write(const Vector (&block)[R][C], Vector* to, int64_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) to[r * stride + c] = block[r][c];
+}
+
+// to += block. Sums begin at zero and are added when complete, which rounds less than to go on from what is there.
+template <int R, int C>
+INLINE void add(const Vector (&block)[R][C], Vector* to, int64_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) to[r * stride + c] += block[r][c];
+}
+
+// --- a call ----------------------------------------------------------------------------------------------------------
+
+struct Weights {
+    const Real *a, *c, *m, *r, *b, *g;  // as in autoint_fast/weights.py
+
+    Weights(const Shape& s, const Real* packed)
+        : a(packed), c(a + s.e * s.h * s.e), m(c + s.h * s.e), r(m + s.h * s.e * s.o), b(r + s.e * s.o), g(b + s.o) {}
+
+    static int64_t size(const Shape& s) { return s.h * s.e * (s.e + 1 + s.o) + (s.e + 2) * s.o; }
+};
+
+struct Mask {
+    const std::uint8_t* data;  // null without a mask
+    int64_t sb, sq, sk;
+
+    bool hidden(int64_t sample, int64_t query, int64_t key) const { return data[sample * sb + query * sq + key * sk]; }
+};
+
+struct Forward {
+    Shape s;
+    Tensor x;
+    Weights w;
+    Mask mask;
+    Element* out;
+    int64_t batch;
+};
+
+// Memory of a thread, kept from call to call.
+struct Arena {
+    void* memory = nullptr;
+    std::size_t size = 0;
+    ~Arena() { std::free(memory); }
+
+    void* reserve(std::size_t wanted) {
+        if (wanted > size) {
+            std::free(memory);
+            size = (wanted + 4095) / 4096 * 4096;
+            memory = std::aligned_alloc(4096, size);
+            if (!memory) std::abort();
+        }
+        return memory;
+    }
+};
+
+thread_local Arena arena;
+
+// Hands out pieces of an arena.
+struct Pieces {
+    Vector* next;
+    Vector* take(int64_t n) { return std::exchange(next, next + n); }
+};
+
+// --- samples in the lanes --------------------------------------------------------------------------------------------
+
+// tile[i] = vectors of element i of `lanes` samples, zero in the lanes that are left; read(lane, i) gives LANES elements of a
+// sample from i on, element(lane, i) one.
+template <class Read, class Single>
+INLINE void load_tile(Vector* tile, int64_t n, int64_t lanes, bool dense, Read read, Single element) {
+    if (dense && n >= LANES) {
+        for (int64_t i = 0; i < n; i += LANES) {
+            int64_t from = i + LANES <= n ? i : n - LANES;
+            Vector v[LANES];
+#pragma GCC unroll 16
+            for (int lane = 0; lane < LANES; ++lane) v[lane] = lane < lanes ? read(lane, from) : Vector{};
+            transpose(v);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; ++j) tile[from + j] = v[j];
+        }
+    } else {
+        for (int64_t i = 0; i < n; ++i) {
+            Vector v{};
+            for (int64_t lane = 0; lane < lanes; ++lane) v[lane] = element(lane, i);
+            tile[i] = v;
+        }
+    }
+}
+
+INLINE void load_samples(Vector* tile, const Tensor& t, int64_t fields, int64_t width, int64_t first, int64_t lanes) {
+    const Element* data = t.data + first * t.sb;
+    load_tile(
+        tile, fields * width, lanes, t.dense(width),
+        [=](int64_t lane, int64_t i) { return load(data + lane * t.sb + i); },
+        [=](int64_t lane, int64_t i) { return to_real(data[lane * t.sb + i / width * t.sf + i % width * t.se]); });
+}
+
+// tile[0 .. n) to out[lane * stride + ...].
+INLINE void store_tile(const Vector* tile, int64_t n, int64_t lanes, Element* out, int64_t stride) {
+    if (n >= LANES) {
+        for (int64_t i = 0; i < n; i += LANES) {
+            int64_t from = i + LANES <= n ? i : n - LANES;
+            Vector v[LANES];
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; ++j) v[j] = tile[from + j];
+            transpose(v);
+#pragma GCC unroll 16
+            for (int lane = 0; lane < LANES; ++lane)
+                if (lane < lanes) store(out + lane * stride + from, v[lane]);
+        }
+    } else {
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t lane = 0; lane < lanes; ++lane) out[lane * stride + i] = to_element(tile[i][lane]);
+    }
+}
+
+// What the mask hides from a block of rows, a vector of conditions for each (row, key), and which rows see nothing.
+struct Hidden {
+    const Integers* table = nullptr;  // null without a mask
+    int64_t stride = 0;               // 0: the same for every row
+    Integers empty[ROWS];
+
+    // at(row, key, lane) for every key; `each`: rows differ, `alike`: lanes do not.
+    template <class At>
+    void read(int64_t rows, int64_t keys, int64_t lanes, bool each, bool alike, Vector* memory, At at) {
+        Integers* to = (Integers*)memory;
+        table = to;
+        stride = each ? keys : 0;
+        for (int64_t r = 0; r < (each ? rows : 1); ++r) {
+            Integers all = ~Integers{};
+            for (int64_t t = 0; t < keys; ++t) {
+                Integers hidden{};
+                if (alike) hidden -= Integer(at(r, t, 0));
+                else
+                    for (int64_t lane = 0; lane < lanes; ++lane) hidden[lane] = -Integer(at(r, t, lane));
+                *to++ = hidden;
+                all &= hidden;
+            }
+            empty[r] = all;
+        }
+        for (int64_t r = 1; r < rows; ++r)
+            if (!each) empty[r] = empty[0];
+    }
+
+    // Of rows [row, row + n) of the samples from `first` on, one in each lane.
+    void read_samples(const Shape& s, const Mask& mask, int64_t first, int64_t lanes, int64_t row, int64_t n, Vector* memory) {
+        read(n, s.f, lanes, mask.sq != 0, mask.sb == 0, memory,
+             [&](int64_t r, int64_t t, int64_t lane) { return mask.hidden(first + lane, row + r, t); });
+    }
+};
+
+// to [R, N] += rows [R, K] weights, the weight (k, n) at k * k_stride + n * n_stride.
+template <int R>
+SHARED void project(const Vector* rows, int64_t K, const Real* weights, int64_t k_stride, int64_t n_stride, Vector* to,
+                    int64_t N) {
+    blocks<COLUMNS>(N, [&](auto size, int64_t n) {
+        const Real* w = weights + n * n_stride;
+        Vector sums[R][size()] = {};
+        multiply_long(
+            sums, K, [&](int r, int64_t k) { return rows[r * K + k]; },
+            [&](int64_t k, int c) { return w[k * k_stride + c * n_stride]; });
+        add(sums, to + n, N);
+    });
+}
+
+// q = x A_h + c_h of a block of rows. [R, E]
+template <int R>
+INLINE void queries(const Shape& s, const Weights& w, const Vector* x_rows, int64_t h, Vector* q) {
+    for (int r = 0; r < R; ++r)
+        for (int64_t e = 0; e < s.e; ++e) q[r * s.e + e] = broadcast(w.c[h * s.e + e]);
+    project<R>(x_rows, s.e, w.a + h * s.e, s.h * s.e, 1, q, s.e);
+}
+
+// p = 2^(q x^T), not normalised, keys first [F, R], and the reciprocals of its sums: 0 for rows that see no key.
+// Keys are vectors, or scalars that all lanes share.
+template <int R, class Key>
+SHARED void attend(const Shape& s, const Key* x, const Vector* q, const Hidden& hidden, Vector* p, Vector (&scale)[R]) {
+    Vector top[R];
+    for (int r = 0; r < R; ++r) top[r] = broadcast(-INF);
+    blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
+        Vector sums[R][size()] = {};
+        multiply(
+            sums, s.e, [&](int r, int64_t k) { return q[r * s.e + k]; },
+            [&](int64_t k, int c) { return x[(t + c) * s.e + k]; });
+        for (int c = 0; c < size; ++c)
+            for (int r = 0; r < R; ++r) {
+                Vector score = sums[r][c];
+                if (hidden.table) score = choose(hidden.table[r * hidden.stride + t + c], broadcast(-INF), score);
+                top[r] = choose(score > top[r], score, top[r]);
+                p[(t + c) * R + r] = score;
+            }
+    });
+    mark(SCORES);
+    Vector sums[R] = {};
+    for (int r = 0; r < R; ++r)
+        if (hidden.table) top[r] = choose(hidden.empty[r], Vector{}, top[r]);
+    blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            Vector sum{};
+            for (int c = 0; c < size; ++c) {
+                Vector weight = exp2(p[(t + c) * R + r] - top[r]);
+                p[(t + c) * R + r] = weight;
+                sum += weight;
+            }
+            sums[r] += sum;
+        }
+    });
+    for (int r = 0; r < R; ++r) {
+        scale[r] = Real(1) / sums[r];
+        if (hidden.table) scale[r] = choose(hidden.empty[r], Vector{}, scale[r]);
+    }
+    mark(EXP);
+}
+
+// The rows of p^T x, each times its scale. [R, E]
+template <int R, class Key>
+SHARED void weigh(const Shape& s, const Key* x, const Vector* p, const Vector (&scale)[R], Vector* z) {
+    blocks<COLUMNS>(s.e, [&](auto size, int64_t e) {
+        Vector sums[R][size()] = {};
+        multiply_long(
+            sums, s.f, [&](int r, int64_t t) { return p[t * R + r]; },
+            [&](int64_t t, int c) { return x[t * s.e + e + c]; });
+        for (int c = 0; c < size; ++c)
+            for (int r = 0; r < R; ++r) sums[r][c] *= scale[r];
+        write(sums, z + e, s.e);
+    });
+}
+
+// A block of rows, layer and relu. y: [R, O]
+template <int R, class Key>
+void forward_rows(const Shape& s, const Weights& w, const Vector* x_rows, const Key* x, const Hidden& hidden, Vector* y,
+                  Pieces pieces) {
+    Vector *q = pieces.take(R * s.e), *z = pieces.take(R * s.e), *p = pieces.take(R * s.f);
+    for (int r = 0; r < R; ++r)
+        for (int64_t o = 0; o < s.o; ++o) {
+            Vector g = broadcast(w.g[o]);
+            y[r * s.o + o] = w.b[o] + (hidden.table ? choose(hidden.empty[r], Vector{}, g) : g);
+        }
+    project<R>(x_rows, s.e, w.r, s.o, 1, y, s.o);
+    for (int64_t h = 0; h < s.h; ++h) {
+        queries<R>(s, w, x_rows, h, q);
+        mark(PROJECT);
+        Vector scale[R];
+        attend(s, x, q, hidden, p, scale);
+        weigh(s, x, p, scale, z);
+        mark(VALUES);
+        project<R>(z, s.e, w.m + h * s.e * s.o, s.o, 1, y, s.o);
+        mark(PROJECT);
+    }
+    // NaN stays NaN.
+    for (int64_t i = 0; i < R * s.o; ++i) y[i] = choose(y[i] < Vector{}, Vector{}, y[i]);
+}
+
+int64_t forward_vectors(const Shape& s) {
+    return s.f * (s.e + 1) + ROWS * (2 * s.e + s.o + 2 * s.f);
+}
+
+void forward_group(const Forward& call, int64_t first, int64_t lanes) {
+    const Shape& s = call.s;
+    Pieces pieces{(Vector*)arena.reserve(forward_vectors(s) * sizeof(Vector))};
+    Vector *x = pieces.take(s.f * s.e), *y = pieces.take(ROWS * s.o), *masks = pieces.take(ROWS * s.f);
+    load_samples(x, call.x, s.f, s.e, first, lanes);
+    Hidden hidden;
+    if (call.mask.data && call.mask.sq == 0) hidden.read_samples(s, call.mask, first, lanes, 0, ROWS, masks);
+    mark(LOAD);
+    row_blocks(s.f, [&](auto size, int64_t row) {
+        if (call.mask.data && call.mask.sq != 0) hidden.read_samples(s, call.mask, first, lanes, row, size, masks);
+        forward_rows<size>(s, call.w, x + row * s.e, x, hidden, y, pieces);
+        store_tile(y, size * s.o, lanes, call.out + (first * s.f + row) * s.o, s.f * s.o);
+        mark(STORE);
+    });
+}
+
+// --- one sample, its rows in the lanes -------------------------------------------------------------------------------
+
+constexpr int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
+
+int64_t forward_one_vectors(const Shape& s) {
+    return ROWS * (3 * s.e + s.o + 2 * s.f) + vectors(s.f * s.e);
+}
+
+void forward_one(const Forward& call, int64_t sample) {
+    const Shape& s = call.s;
+    Pieces pieces{(Vector*)arena.reserve(forward_one_vectors(s) * sizeof(Vector))};
+    Vector *x_rows = pieces.take(ROWS * s.e), *y = pieces.take(ROWS * s.o), *masks = pieces.take(ROWS * s.f);
+    Real* keys = (Real*)pieces.take(vectors(s.f * s.e));
+    const Element* x = call.x.data + sample * call.x.sb;
+    for (int64_t f = 0; f < s.f; ++f)
+        for (int64_t e = 0; e < s.e; ++e) keys[f * s.e + e] = to_real(x[f * call.x.sf + e * call.x.se]);
+    // Rows as if each were a sample of one field.
+    const Tensor rows{x, call.x.sf, s.e, call.x.se};
+    row_blocks(vectors(s.f), [&](auto size, int64_t block) {
+        auto count = [&](int64_t first) { return s.f - first < LANES ? s.f - first : LANES; };
+        for (int r = 0; r < size; ++r)
+            load_samples(x_rows + r * s.e, rows, 1, s.e, (block + r) * LANES, count((block + r) * LANES));
+        Hidden hidden;
+        if (call.mask.data)
+            hidden.read(size, s.f, LANES, call.mask.sq != 0, call.mask.sq == 0, masks,
+                        [&](int64_t r, int64_t t, int64_t lane) {
+                            const int64_t row = (block + r) * LANES + lane;
+                            return row < s.f && call.mask.hidden(sample, row, t);
+                        });
+        mark(LOAD);
+        forward_rows<size>(s, call.w, x_rows, (const Real*)keys, hidden, y, pieces);
+        for (int r = 0; r < size; ++r) {
+            const int64_t row = (block + r) * LANES;
+            store_tile(y + r * s.o, s.o, count(row), call.out + (sample * s.f + row) * s.o, s.o);
+        }
+        mark(STORE);
+    });
+}
+
+// --- the backward, samples in the lanes ------------------------------------------------------------------------------
+
+enum Need { INPUT = 1, SCORES_WEIGHTS = 2, VALUES_WEIGHTS = 4, RESIDUAL = 8, BIAS = 16 };
+
+struct Backward {
+    Shape s;
+    Tensor x, grad;
+    Weights w;
+    Mask mask;
+    const Element* out;
+    Element* d_x;
+    Real* partial;  // [chunks, size of the weights]
+    int64_t batch, needs;
+};
+
+// to[M, N] += a^T b over all fields. a: [F, ...] from column 0 on, M of them used; b likewise.
+INLINE void outer(int64_t fields, const Vector* a, int64_t m, int64_t a_stride, const Vector* b, int64_t n,
+                  int64_t b_stride, Vector* to, int64_t stride) {
+    blocks<COLUMNS>(m, [&](auto rows, int64_t i) {
+        blocks<COLUMNS>(n, [&](auto columns, int64_t j) {
+            Vector sums[rows()][columns()] = {};
+            multiply_long(
+                sums, fields, [&](int r, int64_t f) { return a[f * a_stride + i + r]; },
+                [&](int64_t f, int c) { return b[f * b_stride + j + c]; });
+            add(sums, to + i * stride + j, stride);
+        });
+    });
+}
+
+// What a thread works with: tiles of a group of samples, and its sums of weight gradients, lane by lane. Blocks of rows
+// give to `recent`, whose sums go on to d_x when they get long.
+struct Tiles {
+    Vector *x, *d_y, *d_x, *recent, *z, *d_q, *sums;
+};
+
+int64_t backward_vectors(const Shape& s) {
+    return s.f * (5 * s.e + s.o + 1) + Weights::size(s) + ROWS * (2 * s.e + 3 * s.f);
+}
+
+// to[i] += the sum of column i of a matrix.
+INLINE void add_rows(const Vector* from, int64_t rows, int64_t width, Vector* to) {
+    for (int64_t i = 0; i < width; ++i) {
+        Vector total{};
+        blocks<8>(rows, [&](auto size, int64_t first) {
+            Vector sum{};
+            for (int r = 0; r < size; ++r) sum += from[(first + r) * width + i];
+            total += sum;
+        });
+        to[i] += total;
+    }
+}
+
+template <int R>
+void backward_rows(const Backward& call, int64_t first, int64_t lanes, int64_t row, int64_t h, const Tiles& tiles,
+                   Hidden& hidden, Pieces pieces) {
+    const Shape& s = call.s;
+    const Weights& w = call.w;
+    const Vector *x = tiles.x, *x_rows = x + row * s.e, *d_y = tiles.d_y + row * s.o;
+    if (call.mask.data && call.mask.sq != 0)
+        hidden.read_samples(s, call.mask, first, lanes, row, R, pieces.take(R * s.f));
+    Vector *q = pieces.take(R * s.e), *d_z = pieces.take(R * s.e);
+    Vector *p = pieces.take(R * s.f), *d_s = pieces.take(R * s.f), *d_q = tiles.d_q + row * s.e;
+    Vector scale[R];
+    queries<R>(s, w, x_rows, h, q);
+    mark(PROJECT);
+    attend(s, x, q, hidden, p, scale);
+    if (call.needs & VALUES_WEIGHTS) weigh(s, x, p, scale, tiles.z + row * s.e);
+    mark(VALUES);
+    if (!(call.needs & (INPUT | SCORES_WEIGHTS))) return;
+    // p is not normalised, so dz is scaled instead; dP and delta follow.
+    std::memset((void*)d_z, 0, R * s.e * sizeof(Vector));
+    project<R>(d_y, s.o, w.m + h * s.e * s.o, 1, s.o, d_z, s.e);
+    for (int r = 0; r < R; ++r)
+        for (int64_t e = 0; e < s.e; ++e) d_z[r * s.e + e] *= scale[r];
+    Vector delta[R] = {};
+    blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
+        Vector sums[R][size()] = {};
+        multiply(
+            sums, s.e, [&](int r, int64_t k) { return d_z[r * s.e + k]; },
+            [&](int64_t k, int c) { return x[(t + c) * s.e + k]; });
+        for (int r = 0; r < R; ++r) {
+            Vector sum{};
+            for (int c = 0; c < size; ++c) {
+                d_s[(t + c) * R + r] = sums[r][c];
+                sum += p[(t + c) * R + r] * sums[r][c];
+            }
+            delta[r] += sum;
+        }
+    });
+    for (int r = 0; r < R; ++r) {
+        delta[r] *= scale[r];
+        // Or some builds fuse this with the subtraction below, and others, which then round otherwise, do not.
+        asm("" : "+m"(delta[r]));
+    }
+    for (int64_t t = 0; t < s.f; ++t)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) d_s[t * R + r] = p[t * R + r] * ((d_s[t * R + r] - delta[r]) * LN2);
+    Vector one[R];
+    for (int r = 0; r < R; ++r) one[r] = broadcast(1);
+    weigh(s, x, d_s, one, d_q);
+    if (call.needs & INPUT) {
+        blocks<COLUMNS>(s.f, [&](auto rows, int64_t t) {
+            blocks<COLUMNS>(s.e, [&](auto columns, int64_t e) {
+                Vector sums[rows()][columns()] = {};
+                multiply(
+                    sums, R, [&](int i, int64_t r) { return p[(t + i) * R + r]; },
+                    [&](int64_t r, int c) { return d_z[r * s.e + e + c]; });
+                multiply(
+                    sums, R, [&](int i, int64_t r) { return d_s[(t + i) * R + r]; },
+                    [&](int64_t r, int c) { return q[r * s.e + e + c]; });
+                add(sums, tiles.recent + t * s.e + e, s.e);
+            });
+        });
+        project<R>(d_q, s.e, w.a + h * s.e, 1, s.h * s.e, tiles.d_x + row * s.e, s.e);
+    }
+    mark(GRADIENTS);
+}
+
+void backward_group(const Backward& call, int64_t first, int64_t lanes, const Tiles& tiles, Pieces pieces) {
+    const Shape& s = call.s;
+    const Weights& w = call.w;
+    load_samples(tiles.x, call.x, s.f, s.e, first, lanes);
+    const Element *grad = call.grad.data + first * call.grad.sb, *out = call.out + first * s.f * s.o;
+    const int64_t out_stride = s.f * s.o;
+    // As in torch's relu, a NaN output lets its gradient pass.
+    load_tile(
+        tiles.d_y, s.f * s.o, lanes, call.grad.dense(s.o),
+        [&](int64_t lane, int64_t i) {
+            return choose(load(out + lane * out_stride + i) <= Vector{}, Vector{}, load(grad + lane * call.grad.sb + i));
+        },
+        [&](int64_t lane, int64_t i) {
+            bool passed = !(to_real(out[lane * out_stride + i]) <= 0);
+            int64_t at = lane * call.grad.sb + i / s.o * call.grad.sf + i % s.o * call.grad.se;
+            return passed ? to_real(grad[at]) : Real(0);
+        });
+    Hidden hidden;
+    if (call.mask.data && call.mask.sq == 0) hidden.read_samples(s, call.mask, first, lanes, 0, ROWS, pieces.take(s.f));
+    Weights at(s, nullptr);
+    auto sums_of = [&](const Real* part) { return tiles.sums + (part - at.a); };
+    mark(LOAD);
+    if (call.needs & BIAS) {
+        Vector *d_b = sums_of(at.b), *d_g = sums_of(at.g);
+        add_rows(tiles.d_y, s.f, s.o, d_b);
+        if (call.mask.data)
+            row_blocks(s.f, [&](auto size, int64_t row) {
+                Pieces rest = pieces;
+                if (call.mask.sq != 0) hidden.read_samples(s, call.mask, first, lanes, row, size, rest.take(size * s.f));
+                for (int64_t o = 0; o < s.o; ++o) {
+                    Vector sum{};
+                    for (int r = 0; r < size; ++r)
+                        sum += choose(hidden.empty[r], Vector{}, tiles.d_y[(row + r) * s.o + o]);
+                    d_g[o] += sum;
+                }
+            });
+    }
+    if (call.needs & RESIDUAL) outer(s.f, tiles.x, s.e, s.e, tiles.d_y, s.o, s.o, sums_of(at.r), s.o);
+    if (call.needs & INPUT) {
+        std::memset((void*)tiles.d_x, 0, s.f * s.e * sizeof(Vector));
+        std::memset((void*)tiles.recent, 0, s.f * s.e * sizeof(Vector));
+        row_blocks(s.f, [&](auto size, int64_t row) {
+            project<size>(tiles.d_y + row * s.o, s.o, w.r, 1, s.o, tiles.d_x + row * s.e, s.e);
+        });
+    }
+    mark(PROJECT);
+    constexpr int LONG = 8;
+    int recent = 0;
+    auto pass_on = [&] {
+        for (int64_t i = 0; recent && i < s.f * s.e; ++i) tiles.d_x[i] += std::exchange(tiles.recent[i], Vector{});
+        recent = 0;
+    };
+    if (call.needs & (INPUT | SCORES_WEIGHTS | VALUES_WEIGHTS))
+        for (int64_t h = 0; h < s.h; ++h) {
+            row_blocks(s.f, [&](auto size, int64_t row) {
+                backward_rows<size>(call, first, lanes, row, h, tiles, hidden, pieces);
+                if (call.needs & INPUT && ++recent == LONG) pass_on();
+            });
+            if (call.needs & VALUES_WEIGHTS)
+                outer(s.f, tiles.z, s.e, s.e, tiles.d_y, s.o, s.o, sums_of(at.m) + h * s.e * s.o, s.o);
+            if (call.needs & SCORES_WEIGHTS) {
+                outer(s.f, tiles.x, s.e, s.e, tiles.d_q, s.e, s.e, sums_of(at.a) + h * s.e, s.h * s.e);
+                add_rows(tiles.d_q, s.f, s.e, sums_of(at.c) + h * s.e);
+            }
+            mark(PROJECT);
+        }
+    pass_on();
+    if (call.needs & INPUT) store_tile(tiles.d_x, s.f * s.e, lanes, call.d_x + first * s.f * s.e, s.f * s.e);
+    mark(STORE);
+}
+
+// The groups of a chunk one after the other, and its sums into a row of `partial`.
+void backward_chunk(const Backward& call, int64_t chunk, int64_t groups_per_chunk) {
+    const Shape& s = call.s;
+    Pieces pieces{(Vector*)arena.reserve(backward_vectors(s) * sizeof(Vector))};
+    Tiles tiles;
+    tiles.x = pieces.take(s.f * s.e), tiles.d_y = pieces.take(s.f * s.o), tiles.d_x = pieces.take(s.f * s.e);
+    tiles.recent = pieces.take(s.f * s.e);
+    tiles.z = pieces.take(s.f * s.e), tiles.d_q = pieces.take(s.f * s.e), tiles.sums = pieces.take(Weights::size(s));
+    std::memset((void*)tiles.sums, 0, Weights::size(s) * sizeof(Vector));
+    const int64_t begin = chunk * groups_per_chunk * LANES;
+    for (int64_t first = begin; first < call.batch && first < begin + groups_per_chunk * LANES; first += LANES)
+        backward_group(call, first, call.batch - first < LANES ? call.batch - first : LANES, tiles, pieces);
+    for (int64_t i = 0; i < Weights::size(s); ++i) call.partial[chunk * Weights::size(s) + i] = total(tiles.sums[i]);
+}
+
+// --- folding, for parameters in the dtype of the folded weights -------------------------------------------------------
+
+// to [M, N] = scale * sum over k of a(k, m) b(k, n), both rows of matrices with a step from row to row
+INLINE void transposed_product(int64_t K, int64_t M, int64_t N, const Real* a, int64_t a_step, const Real* b, int64_t b_step,
+                               Real scale, Real* to, int64_t to_step) {
+    for (int64_t m = 0; m < M; ++m) {
+        Real* row = to + m * to_step;
+        for (int64_t n = 0; n < N; ++n) row[n] = 0;
+        for (int64_t k = 0; k < K; ++k)
+            for (int64_t n = 0; n < N; ++n) row[n] += a[k * a_step + m] * scale * b[k * b_step + n];
+    }
+}
+
+// to [M, N] = scale * sum over k of a(m, k) b(k, n)
+INLINE void product(int64_t K, int64_t M, int64_t N, const Real* a, int64_t a_step, const Real* b, int64_t b_step, Real scale,
+                    Real* to, int64_t to_step) {
+    for (int64_t m = 0; m < M; ++m) {
+        Real* row = to + m * to_step;
+        for (int64_t n = 0; n < N; ++n) row[n] = 0;
+        for (int64_t k = 0; k < K; ++k)
+            for (int64_t n = 0; n < N; ++n) row[n] += a[m * a_step + k] * scale * b[k * b_step + n];
+    }
+}
+
+INLINE Real dot(int64_t n, const Real* a, const Real* b) {
+    Real sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+INLINE void transpose(int64_t M, int64_t N, const Real* from, int64_t from_step, Real* to, int64_t to_step) {
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = 0; n < N; ++n) to[n * to_step + m] = from[m * from_step + n];
+}
+
+// --- threads ---------------------------------------------------------------------------------------------------------
+
+// GCC's entry into OpenMP, which torch's own library for it provides: its threads are used, and no others started.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+template <class Body>
+struct Team {
+    const Body& body;
+    int64_t n;
+    std::atomic<int64_t> next{0};
+
+    static void work(void* self) {
+        Team& team = *(Team*)self;
+        for (int64_t i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.n;) team.body(i);
+    }
+};
+
+// body(i) for i < n, in any order.
+template <class Body>
+void for_each(int64_t n, Parallel parallel, int64_t threads, const Body& body) {
+    threads = threads < n ? threads : n;
+    Team<Body> team{body, n};
+    if (threads > 1 && parallel) parallel(Team<Body>::work, &team, unsigned(threads), 0);
+    else Team<Body>::work(&team);
+}
+
+}  // namespace
+
+// --- what Python calls: one array of 64-bit numbers ------------------------------------------------------------------
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+#ifdef AUTOINT_F
+#define SHAPE(p) Shape{}
+#else
+#define SHAPE(p) Shape{(p)[0], (p)[1], (p)[2], (p)[3]}
+#endif
+
+// Up to so many samples at the end of a batch are taken one by one: a group costs what it costs when full.
+constexpr int64_t FEW = LANES * 3 / 4;
+
+// 0-3 F E O H, 4 batch, 5 threads, 6 parallel, 7 x, 8-10 its strides, 11 weights, 12 mask, 13-15 its strides, 16 out
+EXPORT void autoint_forward(const int64_t* p) {
+    Shape s = SHAPE(p);
+    Forward call{s, {(const Element*)p[7], p[8], p[9], p[10]}, Weights(s, (const Real*)p[11]),
+                 {(const std::uint8_t*)p[12], p[13], p[14], p[15]}, (Element*)p[16], p[4]};
+    const int64_t groups = (call.batch + LANES - 1) / LANES;
+    for_each(groups, (Parallel)p[6], p[5], [&](int64_t group) {
+        const int64_t first = group * LANES, samples = call.batch - first < LANES ? call.batch - first : LANES;
+        if (samples > FEW) forward_group(call, first, samples);
+        else
+            for (int64_t i = 0; i < samples; ++i) forward_one(call, first + i);
+    });
+}
+
+// As above up to 15, then 16 out, 17 grad, 18-20 its strides, 21 d_x, 22 d_weights, 23 needs, 24 groups per chunk
+EXPORT void autoint_backward(const int64_t* p) {
+    Shape s = SHAPE(p);
+    const int64_t size = Weights::size(s), groups = (p[4] + LANES - 1) / LANES, per_chunk = p[24];
+    const int64_t chunks = (groups + per_chunk - 1) / per_chunk;
+    static thread_local Arena sums;
+    Backward call{s, {(const Element*)p[7], p[8], p[9], p[10]}, {(const Element*)p[17], p[18], p[19], p[20]},
+                  Weights(s, (const Real*)p[11]), {(const std::uint8_t*)p[12], p[13], p[14], p[15]},
+                  (const Element*)p[16], (Element*)p[21], (Real*)sums.reserve(chunks * size * sizeof(Real)), p[4], p[23]};
+    for_each(chunks, (Parallel)p[6], p[5], [&](int64_t chunk) { backward_chunk(call, chunk, per_chunk); });
+    if (!(call.needs & ~INPUT)) return;
+    Real* d_weights = (Real*)p[22];
+    for (int64_t i = 0; i < size; ++i) {
+        Real sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += call.partial[chunk * size + i];
+        d_weights[i] = sum;
+    }
+    // Without a mask the two biases enter as one.
+    if (!call.mask.data) std::memcpy(d_weights + size - s.o, d_weights + size - 2 * s.o, s.o * sizeof(Real));
+}
+
+#if AUTOINT_T < 2
+// 0-3 F E O H, then w_q b_q w_k w_v b_v w_o b_o w_r b_r in torch.nn.Linear's layout, 13 the weights
+EXPORT void autoint_fold(const int64_t* p) {
+    Shape s = SHAPE(p);
+    auto at = [&](int i) { return (const Real*)p[i]; };
+    const Real *w_q = at(4), *b_q = at(5), *w_k = at(6), *w_v = at(7), *b_v = at(8), *w_o = at(9), *b_o = at(10);
+    const Real *w_r = at(11), *b_r = at(12), scale = LOG2E / std::sqrt(Real(s.e));
+    Weights w(s, at(13));
+    auto to = [](const Real* part) { return const_cast<Real*>(part); };
+    Real* scratch = (Real*)arena.reserve(s.e * s.o * sizeof(Real));
+    for (int64_t h = 0; h < s.h; ++h) {
+        const int64_t head = h * s.e * s.e;
+        transposed_product(s.e, s.e, s.e, w_q + head, s.e, w_k + head, s.e, scale, to(w.a) + h * s.e, s.h * s.e);
+        transposed_product(s.e, 1, s.e, b_q + h * s.e, 1, w_k + head, s.e, scale, to(w.c) + h * s.e, s.e);
+        transpose(s.o, s.e, w_o + h * s.e, s.h * s.e, scratch, s.o);
+        transposed_product(s.e, s.e, s.o, w_v + head, s.e, scratch, s.o, 1, to(w.m) + h * s.e * s.o, s.o);
+    }
+    transpose(s.o, s.e, w_r, s.e, to(w.r), s.o);
+    for (int64_t o = 0; o < s.o; ++o) {
+        to(w.b)[o] = b_o[o] + b_r[o];
+        to(w.g)[o] = dot(s.h * s.e, w_o + o * s.h * s.e, b_v);
+    }
+}
+
+// As above up to 13, the gradient of the weights, then the gradients of w_q b_q w_k b_k w_v b_v w_o b_o w_r b_r, 0 where not
+// wanted
+EXPORT void autoint_unfold(const int64_t* p) {
+    Shape s = SHAPE(p);
+    auto at = [&](int i) { return (const Real*)p[i]; };
+    auto to = [&](int i) { return (Real*)p[14 + i]; };
+    const Real *w_q = at(4), *b_q = at(5), *w_k = at(6), *w_v = at(7), *b_v = at(8), *w_o = at(9);
+    const Real scale = LOG2E / std::sqrt(Real(s.e));
+    Weights d(s, at(13));
+    Real* scratch = (Real*)arena.reserve(s.e * (s.e > s.o ? s.e : s.o) * sizeof(Real));
+    for (int64_t h = 0; h < s.h; ++h) {
+        const int64_t head = h * s.e * s.e, row = h * s.e;
+        if (to(0)) {
+            transpose(s.e, s.e, d.a + row, s.h * s.e, scratch, s.e);
+            product(s.e, s.e, s.e, w_k + head, s.e, scratch, s.e, scale, to(0) + head, s.e);
+        }
+        if (to(1))
+            for (int64_t i = 0; i < s.e; ++i) to(1)[row + i] = scale * dot(s.e, w_k + head + i * s.e, d.c + row);
+        if (to(2)) {
+            product(s.e, s.e, s.e, w_q + head, s.e, d.a + row, s.h * s.e, scale, to(2) + head, s.e);
+            for (int64_t i = 0; i < s.e; ++i)
+                for (int64_t k = 0; k < s.e; ++k) to(2)[head + i * s.e + k] += scale * b_q[row + i] * d.c[row + k];
+        }
+        if (to(4)) {
+            transpose(s.e, s.o, d.m + row * s.o, s.o, scratch, s.e);
+            transposed_product(s.o, s.e, s.e, w_o + row, s.h * s.e, scratch, s.e, 1, to(4) + head, s.e);
+        }
+        if (to(6)) {
+            transpose(s.e, s.e, w_v + head, s.e, scratch, s.e);
+            transposed_product(s.e, s.o, s.e, d.m + row * s.o, s.o, scratch, s.e, 1, to(6) + row, s.h * s.e);
+            for (int64_t o = 0; o < s.o; ++o)
+                for (int64_t i = 0; i < s.e; ++i) to(6)[o * s.h * s.e + row + i] += d.g[o] * b_v[row + i];
+        }
+    }
+    if (to(3)) std::memset(to(3), 0, s.h * s.e * sizeof(Real));
+    if (to(5)) transposed_product(s.o, 1, s.h * s.e, d.g, 1, w_o, s.h * s.e, 1, to(5), s.h * s.e);
+    if (to(7)) std::memcpy(to(7), d.b, s.o * sizeof(Real));
+    if (to(8)) transpose(s.e, s.o, d.r, s.o, to(8), s.e);
+    if (to(9)) std::memcpy(to(9), d.b, s.o * sizeof(Real));
+}
+#endif
+
+// Whether the ten parameters hold the bytes of a copy, in which they lie side by side: 0-3 F E O H, 4 bytes of an element,
+// 5 the copy, then w_q b_q w_k b_k w_v b_v w_o b_o w_r b_r
+EXPORT int autoint_same(const int64_t* p) {
+    Shape s = SHAPE(p);
+    const int64_t matrix = s.h * s.e * s.e, row = s.h * s.e;
+    const int64_t sizes[] = {matrix, row, matrix, row, matrix, row, s.o * row, s.o, s.o * s.e, s.o};
+    const char* copy = (const char*)p[5];
+    for (int i = 0; i < 10; copy += sizes[i++] * p[4])
+        if (std::memcmp(copy, (const void*)p[6 + i], sizes[i] * p[4])) return 0;
+    return 1;
+}
+
+// Samples in a vector.
+EXPORT int64_t autoint_lanes() { return LANES; }
+
+// to[i] = 2^from[i] for the tests.
+EXPORT void autoint_exp2(const void* from, void* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        Vector v{};
+        const int64_t count = n - i < LANES ? n - i : LANES;
+        std::memcpy(&v, (const Real*)from + i, count * sizeof(Real));
+        v = exp2(v);
+        std::memcpy((Real*)to + i, &v, count * sizeof(Real));
+    }
+}
+
+#ifdef AUTOINT_PROFILE
+// The ticks of each phase since the last call. Time between two calls counts for the first phase of the second.
+EXPORT void autoint_profile(std::uint64_t* to) {
+    mark(LOAD);
+    for (int i = 0; i < PHASES; ++i) to[i] = std::exchange(ticks[i], 0);
+}
+#endif
