@@ -25,7 +25,7 @@ class InteractingLayer(ReferenceInteractingLayer):
         emb_size: embedding size E.
         dropout: accepted for the signature's sake and, as in the layer people have, never applied.
         backend: "auto" takes the engine expected fastest of those that support a call and ends at the reference;
-            "triton", "torch" or "reference" is used, or the call raises ValueError with every reason why not.
+            "triton", "native", "torch" or "reference" is used, or the call raises ValueError with every reason why not.
         device, dtype: of the parameters, as for `torch.nn.Linear`.
 
     The weights are folded at every call (on a GPU: one small launch; on a CPU without gradients only where they have

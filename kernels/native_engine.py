@@ -227,7 +227,7 @@ def forget() -> None:
 
 
 @functools.cache
-def _parallel(pid: int) -> int:
+def _parallel() -> int:
     """The address of GCC's entry into the OpenMP library that torch has loaded; 0: one thread must do."""
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -303,7 +303,7 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     operations = batch * shape.operations
     shape.library.forward(
         _FORWARD.pack(
-            *(fields, e, o, h, batch, _threads(operations), _parallel(0)),
+            *(fields, e, o, h, batch, _threads(operations), _parallel()),
             *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
         )
     )
@@ -329,7 +329,7 @@ def interact_backward(
     chunks = max(4, min(64, PARTIAL_BYTES // (layout.numel * packed.element_size())))
     shape.library.backward(
         _BACKWARD.pack(
-            *(fields, e, o, h, batch, _threads(operations), _parallel(0)),
+            *(fields, e, o, h, batch, _threads(operations), _parallel()),
             *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
             *(grad.data_ptr(), *grad.stride(), 0 if d_x is None else d_x.data_ptr()),
             *(0 if d_packed is None else d_packed.data_ptr(), needs, -(-groups // chunks)),

@@ -1,0 +1,373 @@
+"""native.cpp under the compiler's sanitizers: a program that hands it memory of exactly the size that it may touch.
+
+Tensors come with slack behind them, and the arena of a thread is rounded up to pages: in a Python process, a read
+beyond the end of either would mostly go unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from autoint_fast.kernels import native_build, native_engine
+
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="libraries are built on Linux and macOS"),
+    pytest.mark.skipif(native_build.compiler() is None, reason="there is no C++ compiler"),
+]
+
+# What the program puts in the place of the arena's memory: as much as was asked for, all of it NaN.
+EXACT = {"(wanted + 4095) / 4096 * 4096": "wanted", "std::aligned_alloc(4096, size)": "exactly(size)"}
+
+PROGRAM = r"""
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+static void* exactly(std::size_t size) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, size)) std::abort();
+    std::memset(memory, 0xff, size);
+    return memory;
+}
+
+#include "native.cpp"
+
+#include <initializer_list>
+#include <memory>
+#include <thread>
+#include <vector>
+
+static void fail(const char* what) {
+    std::printf("wrong: %s\n", what);
+    std::fflush(stdout);
+    std::abort();
+}
+
+static double draw() {
+    static std::uint64_t state = 1;
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return double(state >> 11) / double(1ull << 52) - 1;
+}
+
+// n elements on the heap, all NaN, with nothing behind them; `skew` of them in front, to be off any alignment.
+template <class T>
+struct Exact {
+    T* memory;
+    T* data;
+    int64_t n;
+    explicit Exact(int64_t n, int64_t skew = 0)
+        : memory((T*)std::malloc((n + skew) * sizeof(T))), data(memory + skew), n(n) {
+        std::memset((void*)memory, 0xff, (n + skew) * sizeof(T));
+    }
+    Exact(const Exact&) = delete;
+    ~Exact() { std::free(memory); }
+};
+
+static bool is_finite(Real value) { return value - value == 0; }
+
+template <class T>
+static bool same(const Exact<T>& a, const Exact<T>& b) {
+    return a.n == b.n && !std::memcmp(a.data, b.data, a.n * sizeof(T));
+}
+
+static const char* const LAYOUTS[] = {"contiguous", "every other number", "transposed", "padded fields", "fields first",
+                                      "one sample", "one number", "one field"};
+
+// The strides of a (B, F, N) tensor.
+static void lay_out(int layout, int64_t B, int64_t F, int64_t N, int64_t* strides) {
+    const int64_t all[][3] = {{F * N, N, 1}, {2 * F * N, 2 * N, 2}, {F * N, 1, F}, {F * (N + 3), N + 3, 1},
+                              {N, B * N, 1}, {0, N, 1},             {0, 0, 0},     {N, 0, 1}};
+    std::memcpy(strides, all[layout], sizeof all[layout]);
+}
+
+// The same numbers contiguously and in a layout.
+struct Both {
+    Exact<Element> dense, strided;
+    int64_t strides[3];
+
+    static int64_t extent(int layout, int64_t B, int64_t F, int64_t N) {
+        int64_t s[3];
+        lay_out(layout, B, F, N, s);
+        return (B - 1) * s[0] + (F - 1) * s[1] + (N - 1) * s[2] + 1;
+    }
+
+    Both(int layout, int64_t skew, int64_t B, int64_t F, int64_t N)
+        : dense(B * F * N), strided(extent(layout, B, F, N), skew) {
+        lay_out(layout, B, F, N, strides);
+        for (int64_t b = 0; b < B; ++b)
+            for (int64_t f = 0; f < F; ++f)
+                for (int64_t n = 0; n < N; ++n)
+                    strided.data[b * strides[0] + f * strides[1] + n * strides[2]] = to_element(Real(draw()));
+        for (int64_t b = 0; b < B; ++b)
+            for (int64_t f = 0; f < F; ++f)
+                for (int64_t n = 0; n < N; ++n)
+                    dense.data[(b * F + f) * N + n] = strided.data[b * strides[0] + f * strides[1] + n * strides[2]];
+    }
+};
+
+// Runs a team in threads of its own. What they share, a sanitizer of threads sees.
+static void in_threads(void (*work)(void*), void* self, unsigned n, unsigned) {
+    std::vector<std::thread> threads;
+    for (unsigned i = 1; i < n; ++i) threads.emplace_back(work, self);
+    work(self);
+    for (auto& thread : threads) thread.join();
+}
+
+// In a thread of its own, whose arena is as large as this call asks for.
+static void call(void (*function)(const int64_t*), const std::vector<int64_t>& p) {
+    std::unique_ptr<int64_t[]> exact(new int64_t[p.size()]);
+    std::memcpy(exact.get(), p.data(), p.size() * sizeof(int64_t));
+    std::thread(function, exact.get()).join();
+}
+
+struct Case {
+    int64_t F, E, O, H, B;
+    int x_layout, grad_layout, mask, needs, skew, threads;
+};
+
+static void run(const Case& c) {
+    std::printf("F=%d E=%d O=%d H=%d B=%d ", int(c.F), int(c.E), int(c.O), int(c.H), int(c.B));
+    std::printf("x: %s grad: %s mask %d needs %d skew %d threads %d\n", LAYOUTS[c.x_layout], LAYOUTS[c.grad_layout],
+                c.mask, c.needs, c.skew, c.threads);
+    std::fflush(stdout);
+    const int64_t F = c.F, E = c.E, O = c.O, H = c.H, B = c.B, size = H * E * (E + 1 + O) + (E + 2) * O;
+    Both x(c.x_layout, c.skew, B, F, E), grad(c.grad_layout, c.skew, B, F, O);
+    Exact<Real> weights(size, c.skew);
+    for (int64_t i = 0; i < size; ++i) weights.data[i] = Real(draw());
+    const int64_t mask_strides[][3] = {{0, 0, 0}, {F, 0, 1}, {0, F, 1}, {F * F, F, 1},
+                                       {F, 1, 0}, {0, 0, 1}, {0, 0, 0}, {F * F, 1, F}};
+    const int64_t* ms = mask_strides[c.mask];
+    Exact<std::uint8_t> mask((B - 1) * ms[0] + (F - 1) * (ms[1] + ms[2]) + 1, c.skew);
+    for (int64_t i = 0; i < mask.n; ++i) mask.data[i] = c.mask == 6 || draw() < 0 || i < F;
+    Exact<Element> out(B * F * O, c.skew), other_out(B * F * O);
+    Exact<Element> d_x(B * F * E, c.skew), other_d_x(B * F * E);
+    Exact<Real> d_weights(size, c.skew), other_d_weights(size);
+    for (bool dense : {false, true}) {
+        const int64_t parallel = c.threads > 1 && !dense ? (int64_t)in_threads : 0;
+        std::vector<int64_t> p = {F, E, O, H, B, c.threads, parallel};
+        const int64_t strides[] = {F * E, E, 1};
+        p.push_back((int64_t)(dense ? x.dense.data : x.strided.data));
+        for (int i = 0; i < 3; ++i) p.push_back(dense ? strides[i] : x.strides[i]);
+        p.push_back((int64_t)weights.data);
+        p.push_back(c.mask ? (int64_t)mask.data : 0);
+        for (int i = 0; i < 3; ++i) p.push_back(ms[i]);
+        Element* to = dense ? other_out.data : out.data;
+        p.push_back((int64_t)to);
+        call(autoint_forward, p);
+        for (int64_t i = 0; i < B * F * O; ++i)
+            if (!is_finite(to_real(to[i]))) fail("an output is not finite");
+        const int64_t grad_strides[] = {F * O, O, 1};
+        p.push_back((int64_t)(dense ? grad.dense.data : grad.strided.data));
+        for (int i = 0; i < 3; ++i) p.push_back(dense ? grad_strides[i] : grad.strides[i]);
+        p.push_back(c.needs & INPUT ? (int64_t)(dense ? other_d_x.data : d_x.data) : 0);
+        p.push_back(c.needs & ~INPUT ? (int64_t)(dense ? other_d_weights.data : d_weights.data) : 0);
+        p.push_back(c.needs);
+        p.push_back(1 + c.skew);
+        call(autoint_backward, p);
+    }
+    if (!same(out, other_out)) fail("the output depends on the layout or on the threads");
+    if (!same(d_x, other_d_x)) fail("the gradient of x depends on the layout or on the threads");
+    if (!same(d_weights, other_d_weights)) fail("the gradients of the weights depend on the layout or on the threads");
+    for (int64_t i = 0; i < d_x.n && c.needs & INPUT; ++i)
+        if (!is_finite(to_real(d_x.data[i]))) fail("a gradient of x is not finite");
+    for (int64_t i = 0; i < size && c.needs & ~INPUT; ++i)
+        if (!is_finite(d_weights.data[i])) fail("a gradient of the weights is not finite");
+}
+
+#if AUTOINT_T < 2
+static void run_fold(int64_t E, int64_t O, int64_t H, int64_t skew) {
+    std::printf("fold E=%d O=%d H=%d\n", int(E), int(O), int(H));
+    std::fflush(stdout);
+    const int64_t size = H * E * (E + 1 + O) + (E + 2) * O;
+    const int64_t sizes[] = {H * E * E, H * E, H * E * E, H * E, H * E * E, H * E, O * H * E, O, O * E, O};
+    std::vector<std::unique_ptr<Exact<Real>>> values, grads;
+    int64_t all = 0;
+    for (int64_t n : sizes) {
+        values.emplace_back(new Exact<Real>(n, skew));
+        grads.emplace_back(new Exact<Real>(n, skew));
+        for (int64_t i = 0; i < n; ++i) values.back()->data[i] = Real(draw());
+        all += n;
+    }
+    Exact<Real> packed(size, skew), copy(all, skew);
+    std::vector<int64_t> p = {1, E, O, H};
+    for (int i = 0; i < 10; ++i)
+        if (i != 3) p.push_back((int64_t)values[i]->data);
+    p.push_back((int64_t)packed.data);
+    call(autoint_fold, p);
+    for (int64_t i = 0; i < size; ++i)
+        if (!is_finite(packed.data[i])) fail("a folded weight is not finite");
+    for (int without = -1; without < 10; ++without) {
+        std::vector<int64_t> q = p;
+        for (int i = 0; i < 10; ++i) q.push_back(i == without ? 0 : (int64_t)grads[i]->data);
+        call(autoint_unfold, q);
+    }
+    for (int i = 0; i < 10; ++i)
+        for (int64_t n = 0; n < sizes[i]; ++n)
+            if (!is_finite(grads[i]->data[n])) fail("a gradient of a parameter is not finite");
+    int64_t at = 0;
+    std::vector<int64_t> q = {1, E, O, H, sizeof(Real), (int64_t)copy.data};
+    for (int i = 0; i < 10; at += sizes[i++]) {
+        std::memcpy(copy.data + at, values[i]->data, sizes[i] * sizeof(Real));
+        q.push_back((int64_t)values[i]->data);
+    }
+    if (!autoint_same(q.data())) fail("a copy differs");
+    for (int64_t i : {int64_t(0), all / 2, all - 1}) {
+        const Real kept = copy.data[i];
+        copy.data[i] += 1;
+        if (autoint_same(q.data())) fail("a difference is not seen");
+        copy.data[i] = kept;
+    }
+}
+#endif
+
+int main() {
+    if (THREADS > 1) {
+        for (int mask = 0; mask < 8; ++mask)
+            for (int64_t B : {2, 17, 100}) run({7, 10, 10, 2, B, 0, 0, mask, 31, mask % 2, THREADS});
+        return 0;
+    }
+    const int64_t batches[] = {1, 2, 9, 15, 16, 17, 33, 3};
+    int turn = 0;
+    for (int64_t F : {1, 2, 5, 7, 13, 39})
+        for (int64_t E : {1, 3, 10, 16, 17})
+            for (int64_t H : {1, 2, 3})
+                for (int i = 0; i < (F < 39 ? 4 : 1); ++i, ++turn) {
+                    const int64_t B = F < 39 ? batches[(2 * turn + turn / 4) % 8] : batches[turn % 8];
+                    const int needs = turn % 3 ? 31 : turn / 3 % 32;
+                    const int64_t O = turn % 11 ? E : E + 2;
+                    const int mask = turn % 4 ? turn % 9 % 8 : 0;
+                    run({F, E, O, H, B, turn % 6, (turn + turn / 8) % 8, mask, needs ? needs : 31, turn / 2 % 2, 1});
+                }
+#if AUTOINT_T < 2
+    for (int64_t E : {1, 3, 10, 16, 32})
+        for (int64_t H : {1, 3}) run_fold(E, H == 1 ? E : E + 1, H, H == 3);
+#endif
+    for (int64_t n = 1; n < 40; ++n) {
+        Exact<Real> from(n, n % 2), to(n, n % 2);
+        for (int64_t i = 0; i < n; ++i) from.data[i] = Real(-20 - 20 * draw());
+        autoint_exp2(from.data, to.data, n);
+        for (int64_t i = 0; i < n; ++i)
+            if (!is_finite(to.data[i])) fail("a power of two is not finite");
+    }
+    std::puts("done");
+}
+"""
+
+
+class Variant(NamedTuple):
+    sanitizers: str
+    isa: str
+    lane_bytes: int
+    dtype: int
+    optimisation: str = "-O0"  # compiled in half of the time, and nothing is optimised away before it is looked at
+    threads: int = 1
+
+    def __str__(self) -> str:
+        dtype = {number: str(dtype).removeprefix("torch.") for dtype, number in native_engine.DTYPES.items()}[
+            self.dtype
+        ]
+        return f"{self.sanitizers}-{self.isa}-{self.lane_bytes}-{dtype}{self.optimisation}"
+
+    def compile(self, folder: Path) -> Path:
+        """The program; raises CalledProcessError, with what the compiler said, where it cannot be compiled."""
+        folder.mkdir()
+        source = native_build.SOURCE.read_text()
+        for rounded, exact in EXACT.items():
+            assert source.count(rounded) == 1, f"{rounded} is not in native.cpp: correct EXACT"
+            source = source.replace(rounded, exact)
+        (folder / "native.cpp").write_text(source)
+        (folder / "main.cpp").write_text(PROGRAM)
+        common = [flag for flag in native_build.COMMON_FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
+        macros = [f"-DAUTOINT_LANE_BYTES={self.lane_bytes}", f"-DAUTOINT_T={self.dtype}", f"-DTHREADS={self.threads}"]
+        compile_with(
+            [*common, *native_build.FLAGS[self.isa], *macros, self.optimisation, "-g1", "-w"],
+            self.sanitizers,
+            folder / "main.cpp",
+        )
+        return folder / "main"
+
+
+def compile_with(flags: list[str], sanitizers: str, source: Path) -> None:
+    made_by = native_build.compiler()
+    assert made_by is not None
+    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
+    command = [*made_by.command, *flags, *sanitize, str(source), "-o", str(source.with_suffix(""))]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def run(program: Path) -> subprocess.CompletedProcess[str]:
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    return subprocess.run([program], env={**os.environ, **options}, capture_output=True, text=True, timeout=600)
+
+
+BEST = native_build.isas()[0]
+MEMORY = "address,undefined"
+USUAL = (
+    Variant(MEMORY, BEST, native_engine.LANE_BYTES[BEST], 0),
+    Variant(MEMORY, "plain", 16, 1),
+    Variant(MEMORY, "plain", 16, 2),
+    Variant("thread", "plain", 16, 0, threads=3),
+)
+EVERY = tuple(
+    Variant(MEMORY, isa, native_engine.LANE_BYTES[isa], dtype, "-O1")
+    for isa in native_build.isas()
+    for dtype in native_engine.DTYPES.values()
+)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, Future[Path]]:
+    """The usual variants, two being compiled at a time."""
+    root = tmp_path_factory.mktemp("sanitizers")
+    pool = ThreadPoolExecutor(2)
+    futures = {variant: pool.submit(variant.compile, root / str(variant)) for variant in USUAL}
+    pool.shutdown(wait=False)
+    return futures
+
+
+def require(sanitizers: str, folder: Path) -> None:
+    """Skips where the compiler or the system lacks the sanitizers."""
+    empty = folder / "empty.cpp"
+    empty.write_text("int main() { return 0; }")
+    try:
+        compile_with([], sanitizers, empty)
+        result = run(empty.with_suffix(""))
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the compiler has no -fsanitize={sanitizers}: {error.stderr.strip()}")
+    if result.returncode:
+        pytest.skip(f"nothing runs here with -fsanitize={sanitizers}: {result.stderr.strip()}")
+
+
+def check(program: Path) -> None:
+    result = run(program)
+    last = result.stdout.splitlines()[-2:]
+    assert result.returncode == 0, f"ended with {result.returncode} in {last}:\n{result.stderr[:6000]}"
+
+
+@pytest.mark.parametrize("variant", USUAL, ids=str)
+def test_odd_shapes(variant: Variant, programs: dict[Variant, Future[Path]], tmp_path: Path) -> None:
+    """Odd shapes, strides and masks, forward and backward: every access in bounds, all that is read was written."""
+    require(variant.sanitizers, tmp_path)
+    try:
+        program = programs[variant].result()
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"does not compile:\n{error.stderr[-6000:]}", pytrace=False)
+    check(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", EVERY, ids=str)
+def test_odd_shapes_optimised(variant: Variant, tmp_path: Path) -> None:
+    """The same for every instruction set and dtype, with what the optimiser makes of it."""
+    require(variant.sanitizers, tmp_path)
+    check(variant.compile(tmp_path / "optimised"))
