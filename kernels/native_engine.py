@@ -136,7 +136,8 @@ def _new_lock() -> None:
 
 
 # In a child, a lock that another thread of the parent held would never be released.
-os.register_at_fork(after_in_child=_new_lock)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def _general_build(dtype: torch.dtype) -> _Library | str:
