@@ -15,8 +15,8 @@
 #include <cstring>
 #include <limits>
 #include <utility>
-#if defined(__x86_64__)
-#include <immintrin.h>
+#ifdef AUTOINT_PROFILE
+#include <chrono>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -84,7 +84,7 @@ INLINE void mark(Phase phase) {
 #if defined(__x86_64__)
     std::uint64_t now = __builtin_ia32_rdtsc();
 #else
-    std::uint64_t now = __builtin_readcyclecounter();
+    std::uint64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
 #endif
     ticks[phase] += now - last_tick;
     last_tick = now;
