@@ -1,8 +1,9 @@
-"""The weights: the layer's five projections, and what they fold into, as one packed buffer."""
+"""The weights: what a layer is made of, and what its projections fold into, as one packed buffer."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,56 +14,121 @@ LOG2E = 1.0 / LN2
 
 # Which gradients a call needs, as a bit set: the engines do no work for the others.
 NEED_INPUT = 1
-NEED_SCORES = 2  # A and c
-NEED_VALUES = 4  # M
-NEED_RESIDUAL = 8  # R
+NEED_SCORES = 2  # a, c and k
+NEED_VALUES = 4  # v and m
+NEED_RESIDUAL = 8  # r
 NEED_BIAS = 16  # b and g
 NEED_WEIGHTS = NEED_SCORES | NEED_VALUES | NEED_RESIDUAL | NEED_BIAS
 
+# What is added to the attention's output, as in `Layout.residual`.
+RESIDUALS = ("none", "identity", "projection")
+NO_RESIDUAL, IDENTITY, PROJECTION = range(3)
+# What becomes of the heads' outputs z_h, as in `Layout.output`.
+MERGED, CONCATENATED, BARE = range(3)
+
 
 class InteractingParameters(NamedTuple):
-    """The tensors of one layer, each in `torch.nn.Linear` layout; E = embedding size, H = heads."""
+    """The tensors of one layer, each in `torch.nn.Linear` layout, None where the layer has none.
 
-    w_q: Tensor  # [H*E, E]
-    b_q: Tensor  # [H*E]
-    w_k: Tensor  # [H*E, E]
-    b_k: Tensor  # [H*E]
-    w_v: Tensor  # [H*E, E]
-    b_v: Tensor  # [H*E]
-    w_o: Tensor  # [E, H*E]
-    b_o: Tensor  # [E]
-    w_r: Tensor  # [E, E]
-    b_r: Tensor  # [E]
+    E = embedding size, H = heads, d = width of a head, O = output width. All share one dtype and device.
+    """
+
+    w_q: Tensor  # [H*d, E]
+    b_q: Tensor | None  # [H*d]
+    w_k: Tensor  # [H*d, E]
+    b_k: Tensor | None  # [H*d]
+    w_v: Tensor | None  # [H*d, E]; without, the values are x itself (and d = E)
+    b_v: Tensor | None  # [H*d]
+    w_o: Tensor | None  # [O, H*d]; without, the heads are concatenated (O = H*d)
+    b_o: Tensor | None  # [O]
+    w_r: Tensor | None  # [O, E]
+    b_r: Tensor | None  # [O]
+
+
+@dataclass(slots=True)
+class Interaction:
+    """One interacting layer, described by its tensors and its kind.
+
+    With Q = x Wq + bq, K = x Wk + bk, V = x Wv + bv cut into heads, and P_h = softmax(scale Q_h K_h^T) over the fields
+    that are not hidden,
+
+        out = end( concat_h(P_h V_h) Wo + bo + residual ),    residual = 0, x, or x Wr + br.
+
+    Attributes:
+        parameters: its tensors; those that are None are left out of the formula.
+        n_head: heads H; each is as wide as the rows of w_q over H.
+        scale: of the logits.
+        residual: "none", "identity" (O = E) or "projection" (by w_r).
+        relu: whether `end` is relu; else it is nothing.
+    """
+
+    parameters: InteractingParameters
+    n_head: int
+    scale: float
+    residual: str
+    relu: bool = True
 
 
 class Parts(NamedTuple):
-    """The six folded tensors; E = embedding size, H = heads, O = output width.
+    """The folded tensors; E = embedding size, H = heads, D = rank, O = output width, O_h = that of a head.
 
-    With P_h = 2^((x A_h + c_h) x^T) normalised over the fields that are not hidden,
+    With P_h = 2^((x a_h + c_h) keys_h^T) normalised over the fields that are not hidden, z_h = P_h values_h, where the
+    keys are x or x k_h, the values x or x v_h,
 
-        out = relu( sum_h P_h x M_h + x R + b + g where the row is not fully hidden ).
+        out = end( sum or concatenation over h of z_h [m_h] + residual + b + g where the row is not fully hidden )
+
+    where the residual is 0, x, or x r. Parts that a layout does not have are empty.
     """
 
-    a: Tensor  # [E, H, E]  log2(e) / sqrt(E) Wq_h Wk_h^T, head by head in the middle so that x A is one matmul
-    c: Tensor  # [H, E]     log2(e) / sqrt(E) bq_h Wk_h^T
-    m: Tensor  # [H, E, O]  Wv_h Wo_h
-    r: Tensor  # [E, O]     Wr
-    b: Tensor  # [O]        bo + br
-    g: Tensor  # [O]        sum_h bv_h Wo_h
+    a: Tensor  # [E, H, D]  head by head in the middle, so that x a is one matmul
+    c: Tensor  # [H, D]
+    k: Tensor  # [E, H, D]  factored layouts
+    v: Tensor  # [E, H, D]  factored layouts
+    m: Tensor  # [H, D, O_h]  unless the heads are left bare
+    r: Tensor  # [E, O]  with a projected residual
+    b: Tensor  # [O]
+    g: Tensor  # [O]
 
 
 class Layout(NamedTuple):
-    """Where each part of the folded weights lies in the packed buffer."""
+    """How a layer is computed, and where each part of the folded weights lies in the packed buffer.
+
+    Folded, x is the keys and the values of every head, and D = E:
+        a_h = log2(e) scale Wq_h Wk_h^T, c_h = log2(e) scale bq_h Wk_h^T, m_h = Wv_h Wo_h, or Wv_h concatenated.
+    Factored, each head projects its own, and D is its width d:
+        a_h = log2(e) scale Wq_h, c_h = log2(e) scale bq_h, k_h = Wk_h, v_h = Wv_h, m_h = Wo_h, or none concatenated.
+    In both b = bo + br, and g = sum_h bv_h Wo_h, or bv concatenated.
+    """
 
     n_head: int
     emb_size: int
+    rank: int
     out_size: int
+    factored: int = 0
+    output: int = MERGED
+    residual: int = PROJECTION
+    relu: int = 1
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Elements of a, c, m, r, b and g, in the order in which they are packed."""
-        h, e, o = self
-        return e * h * e, h * e, h * e * o, e * o, o, o
+    def head_out(self) -> int:
+        """Output columns that a head gives to: all, or its own."""
+        return self.out_size if self.output == MERGED else self.out_size // self.n_head
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of the parts, in the order in which they are packed; 0 for those that are not there."""
+        h, e, d, o, factored, output, residual, _ = self
+        projection = e * h * d
+        return (
+            projection,
+            h * d,
+            projection if factored else 0,
+            projection if factored else 0,
+            0 if output == BARE else h * d * self.head_out,
+            e * o if residual == PROJECTION else 0,
+            o,
+            o,
+        )
 
     @property
     def numel(self) -> int:
@@ -70,9 +136,43 @@ class Layout(NamedTuple):
 
     def parts(self, packed: Tensor) -> Parts:
         """Views of `packed` (numel,)."""
-        h, e, o = self
-        a, c, m, r, b, g = packed.split(self.sizes)
-        return Parts(a.view(e, h, e), c.view(h, e), m.view(h, e, o), r.view(e, o), b, g)
+        h, e, d, o = self[:4]
+        a, c, k, v, m, r, b, g = packed.split(self.sizes)
+        shape = (-1, h, d)
+        return Parts(
+            *(a.view(shape), c.view(h, d), k.view(shape), v.view(shape)),
+            *(m.view(h, -1, self.head_out), r.view(-1, o), b, g),
+        )
+
+
+def layout_of(interaction: Interaction, factored: bool) -> Layout:
+    """The layout of a layer in one of the two forms."""
+    p, h = interaction.parameters, interaction.n_head
+    rows, e = p.w_q.shape
+    d = rows // h
+    if p.w_o is not None:
+        output, o = MERGED, p.w_o.shape[0]
+    else:
+        # Only folding leaves something to multiply concatenated heads by: their values' projection.
+        output, o = (BARE if factored or p.w_v is None else CONCATENATED), rows
+    residual = RESIDUALS.index(interaction.residual)
+    return Layout(h, e, d if factored else e, o, int(factored), output, residual, int(interaction.relu))
+
+
+def folds(interaction: Interaction, n_fields: int) -> bool:
+    """Whether folding takes fewer operations than the factors on samples of so many fields.
+
+    A head takes 2 F E^2 + 4 F^2 E + 2 F E O_h folded, and 6 F E d + 4 F^2 d + 2 F d O_h factored, where the last term is
+    there only with an output projection.
+    """
+    p, h = interaction.parameters, interaction.n_head
+    rows, e = p.w_q.shape
+    d = rows // h
+    if p.w_v is None:
+        return True
+    o = d if p.w_o is None else p.w_o.shape[0]
+    last = 0 if p.w_o is None else d * o
+    return e * e + 2 * n_fields * e + e * o <= 3 * e * d + 2 * n_fields * d + last
 
 
 def folded_dtype(dtype: torch.dtype) -> torch.dtype:
