@@ -13,7 +13,8 @@ from pathlib import Path as _Path
 if not (_Path(__path__[0]) / "kernels").is_dir():
     __path__.append(str(_Path(__path__[0]).parent))
 
-from .layer import InteractingLayer, why
+from .fused import why
+from .layer import InteractingLayer
 from .reference import ReferenceInteractingLayer, interacting_reference
 from .version import __version__
 

@@ -148,7 +148,7 @@ def engine_lines(device_type: str) -> Iterator[str]:
     whys = {}
     for typical in TYPICAL:
         fields, emb_size, n_head = SHAPES[typical.shape]
-        layout = Layout(n_head, emb_size, emb_size)
+        layout = Layout(n_head, emb_size, emb_size, emb_size)
         call = dispatch.Call(device_type, typical.dtype, fields, layout, inside=None)
         whys[typical] = dispatch.explain("auto", call)
     for choice, calls in grouped({typical: why.choice for typical, why in whys.items()}).items():
@@ -202,7 +202,7 @@ def build_ahead(arguments: argparse.Namespace) -> int:
         shape = f"{fields}x{emb_size}x{heads} in {dtype}"
         start = time.perf_counter()
         try:
-            paths = build(fields, Layout(heads, emb_size, emb_size), DTYPE_NAMES[dtype])
+            paths = build(fields, Layout(heads, emb_size, emb_size, emb_size), DTYPE_NAMES[dtype])
         # A folder that others can write is a PermissionError, a shape that it does not run a ValueError.
         except (RuntimeError, OSError, ValueError) as error:
             print(f"{shape}: {error}", file=sys.stderr)

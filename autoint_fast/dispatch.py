@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -32,12 +32,14 @@ class Engine(Protocol):
 
     def prepare(self, call: Call) -> bool: ...
 
-    def unchanged(self, p: InteractingParameters, copy: InteractingParameters, layout: Layout) -> bool: ...
+    def comparison(
+        self, copy: InteractingParameters, given: InteractingParameters
+    ) -> Callable[[InteractingParameters], bool]: ...
 
-    def fold(self, p: InteractingParameters, layout: Layout) -> Tensor: ...
+    def fold(self, p: InteractingParameters, layout: Layout, scale: float) -> Tensor: ...
 
     def fold_backward(
-        self, grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]
+        self, grad: Tensor, p: InteractingParameters, layout: Layout, scale: float, wanted: Sequence[bool]
     ) -> list[Tensor | None]: ...
 
     def interact(self, x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor: ...
@@ -47,7 +49,7 @@ class Engine(Protocol):
         grad: Tensor,
         x: Tensor,
         packed: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         mask: Tensor | None,
         layout: Layout,
         needs: int,

@@ -7,6 +7,7 @@ backwards), which cost tens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from .weights import (
     NEED_VALUES,
     NEED_WEIGHTS,
     InteractingParameters,
+    Interaction,
     Layout,
     folded_dtype,
 )
@@ -38,23 +40,15 @@ BATCHED = (
 )
 
 
-def _layout_of(p: InteractingParameters, n_head: int) -> Layout:
-    return Layout(n_head, p.w_q.shape[1], p.w_o.shape[0])
-
-
 def _as_stored(t: Tensor) -> Tensor:
     """t with its values in memory, for kernels that read them there: those of `t.conj().imag`, say, are negated."""
     return t.resolve_neg() if t.is_neg() else t
 
 
-def _fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
-    return ENGINES[backend].fold(p, layout)
-
-
 def _fold_backward(
-    grad: Tensor, p: InteractingParameters, layout: Layout, backend: str, wanted: tuple[bool, ...]
+    grad: Tensor, p: InteractingParameters, layout: Layout, scale: float, backend: str, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    return ENGINES[backend].fold_backward(grad.contiguous(), p, layout, wanted)
+    return ENGINES[backend].fold_backward(grad.contiguous(), p, layout, scale, wanted)
 
 
 def _interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str) -> Tensor:
@@ -65,7 +59,7 @@ def _interact_backward(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     mask: Tensor | None,
     layout: Layout,
     backend: str,
@@ -94,17 +88,19 @@ class _InteractBackward(_Once):
         x: Tensor,
         packed: Tensor,
         mask: Tensor | None,
-        out: Tensor,
+        out: Tensor | None,
         layout: Layout,
+        scale: float,
         backend: str,
         needs: int,
         wanted: tuple[bool, ...],
-        *parameters: Tensor,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         d_x, d_packed = _interact_backward(grad, x, packed, out, mask, layout, backend, needs)
         if d_packed is None:
             return d_x, *(None for _ in parameters)
-        return d_x, *_fold_backward(d_packed, InteractingParameters(*parameters), layout, backend, wanted)
+        p = InteractingParameters(*parameters)  # type: ignore[arg-type]
+        return d_x, *_fold_backward(d_packed, p, layout, scale, backend, wanted)
 
 
 class _Interact(torch.autograd.Function):
@@ -117,15 +113,17 @@ class _Interact(torch.autograd.Function):
         packed: Tensor | None,
         mask: Tensor | None,
         layout: Layout,
+        scale: float,
         backend: str,
         needs: int,
-        *parameters: Tensor,
+        *parameters: Tensor | None,
     ) -> Tensor:
         if packed is None:
-            packed = _fold(InteractingParameters(*parameters), layout, backend)
+            packed = ENGINES[backend].fold(InteractingParameters(*parameters), layout, scale)  # type: ignore[arg-type]
         out = _interact(x, packed, mask, layout, backend)
-        ctx.save_for_backward(x, packed, mask, out, *parameters)
-        ctx.layout, ctx.backend, ctx.needs = layout, backend, needs
+        # Only relu's gradient asks for the output; without it, it is the caller's to change in place.
+        ctx.save_for_backward(x, packed, mask, out if layout.relu else None, *parameters)
+        ctx.call = (layout, scale, backend, needs)
         return out
 
     @staticmethod
@@ -135,64 +133,87 @@ class _Interact(torch.autograd.Function):
         x, packed, mask, out, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[-len(parameters) :]
         run = _InteractBackward.apply if torch.is_grad_enabled() else partial(_InteractBackward.forward, None)
-        d_x, *d_parameters = run(grad, x, packed, mask, out, ctx.layout, ctx.backend, ctx.needs, wanted, *parameters)
-        return d_x, None, None, None, None, None, *d_parameters
+        d_x, *d_parameters = run(grad, x, packed, mask, out, *ctx.call, wanted, *parameters)
+        return d_x, None, None, None, None, None, None, *d_parameters
 
 
 # --- compiled: torch.library ------------------------------------------------------------------------------------
-# A custom op returns tensors, never None, so a gradient nobody needs is an empty tensor there.
+# A custom op returns tensors, never None, so a gradient nobody needs is an empty tensor there. It takes the parameters
+# that are there as a list, and a layout as a list of numbers.
+
+
+def _listed(p: InteractingParameters) -> tuple[list[Tensor], int]:
+    """The tensors that are there, and which they are: bit j for the j-th of the ten."""
+    return [t for t in p if t is not None], sum(1 << j for j, t in enumerate(p) if t is not None)
+
+
+def _named(tensors: Sequence[Any], present: int) -> list[Any]:
+    """What `_listed` gave, or something of each, in its place among the ten; None in the others."""
+    remaining = iter(tensors)
+    return [next(remaining) if present >> j & 1 else None for j in range(len(InteractingParameters._fields))]
 
 
 @torch.library.custom_op("autoint_fast::fold", mutates_args=())
-def _fold_op(parameters: list[Tensor], n_head: int, backend: str) -> Tensor:
-    p = InteractingParameters(*parameters)
-    return _fold(p, _layout_of(p, n_head), backend)
+def _fold_op(parameters: list[Tensor], present: int, layout: list[int], scale: float, backend: str) -> Tensor:
+    return ENGINES[backend].fold(InteractingParameters(*_named(parameters, present)), Layout(*layout), scale)
 
 
 @_fold_op.register_fake
-def _(parameters: list[Tensor], n_head: int, backend: str) -> Tensor:
-    p = InteractingParameters(*parameters)
-    return p.w_q.new_empty(_layout_of(p, n_head).numel, dtype=folded_dtype(p.w_q.dtype))
+def _(parameters: list[Tensor], present: int, layout: list[int], scale: float, backend: str) -> Tensor:
+    return parameters[0].new_empty(Layout(*layout).numel, dtype=folded_dtype(parameters[0].dtype))
 
 
 @torch.library.custom_op("autoint_fast::fold_backward", mutates_args=())
 def _fold_backward_op(
-    grad: Tensor, parameters: list[Tensor], n_head: int, backend: str, wanted: list[bool]
+    grad: Tensor,
+    parameters: list[Tensor],
+    present: int,
+    layout: list[int],
+    scale: float,
+    backend: str,
+    wanted: list[bool],
 ) -> list[Tensor]:
-    p = InteractingParameters(*parameters)
-    grads = _fold_backward(grad, p, _layout_of(p, n_head), backend, tuple(wanted))
-    return [t.new_empty(0) if g is None else g for g, t in zip(grads, p, strict=True)]
+    p = InteractingParameters(*_named(parameters, present))
+    want = [bool(w) for w in _named(wanted, present)]
+    grads = _fold_backward(grad, p, Layout(*layout), scale, backend, want)
+    return [t.new_empty(0) if g is None else g for g, t in zip(grads, p, strict=True) if t is not None]
 
 
 @_fold_backward_op.register_fake
-def _(grad: Tensor, parameters: list[Tensor], n_head: int, backend: str, wanted: list[bool]) -> list[Tensor]:
+def _(
+    grad: Tensor,
+    parameters: list[Tensor],
+    present: int,
+    layout: list[int],
+    scale: float,
+    backend: str,
+    wanted: list[bool],
+) -> list[Tensor]:
     return [t.new_empty(t.shape if want else (0,)) for t, want in zip(parameters, wanted, strict=True)]
 
 
 def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    parameters, ctx.n_head, ctx.backend = inputs
+    parameters, *ctx.call = inputs
     ctx.wanted = [t.requires_grad for t in parameters]
     ctx.save_for_backward(*parameters)
 
 
 def _fold_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = torch.ops.autoint_fast.fold_backward(grad, list(ctx.saved_tensors), ctx.n_head, ctx.backend, ctx.wanted)
-    return [g if want else None for g, want in zip(grads, ctx.wanted, strict=True)], None, None
+    grads = torch.ops.autoint_fast.fold_backward(grad, list(ctx.saved_tensors), *ctx.call, ctx.wanted)
+    return [g if want else None for g, want in zip(grads, ctx.wanted, strict=True)], None, None, None, None
 
 
 _fold_op.register_autograd(_fold_autograd, setup_context=_fold_setup)
 
 
 @torch.library.custom_op("autoint_fast::interact", mutates_args=())
-def _interact_op(
-    x: Tensor, packed: Tensor, mask: Tensor | None, n_head: int, out_size: int, backend: str, needs: int
-) -> Tensor:
-    return _interact(x, packed, mask, Layout(n_head, x.shape[2], out_size), backend)
+def _interact_op(x: Tensor, packed: Tensor, mask: Tensor | None, layout: list[int], backend: str, needs: int) -> Tensor:
+    return _interact(x, packed, mask, Layout(*layout), backend)
 
 
 @_interact_op.register_fake
-def _(x: Tensor, packed: Tensor, mask: Tensor | None, n_head: int, out_size: int, backend: str, needs: int) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], out_size)
+def _(x: Tensor, packed: Tensor, mask: Tensor | None, layout: list[int], backend: str, needs: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], Layout(*layout).out_size)
 
 
 @torch.library.custom_op("autoint_fast::interact_backward", mutates_args=())
@@ -200,14 +221,13 @@ def _interact_backward_op(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     mask: Tensor | None,
-    n_head: int,
+    layout: list[int],
     backend: str,
     needs: int,
 ) -> tuple[Tensor, Tensor]:
-    layout = Layout(n_head, x.shape[2], out.shape[2])
-    d_x, d_packed = _interact_backward(grad, x, packed, out, mask, layout, backend, needs)
+    d_x, d_packed = _interact_backward(grad, x, packed, out, mask, Layout(*layout), backend, needs)
     return x.new_empty(0) if d_x is None else d_x, packed.new_empty(0) if d_packed is None else d_packed
 
 
@@ -216,9 +236,9 @@ def _(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     mask: Tensor | None,
-    n_head: int,
+    layout: list[int],
     backend: str,
     needs: int,
 ) -> tuple[Tensor, Tensor]:
@@ -229,19 +249,18 @@ def _(
 
 
 def _interact_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, mask, ctx.n_head, _, ctx.backend, ctx.needs = inputs
-    ctx.save_for_backward(x, packed, mask, output)
+    x, packed, mask, *ctx.call = inputs
+    layout, _, ctx.needs = ctx.call
+    ctx.save_for_backward(x, packed, mask, output if Layout(*layout).relu else None)
 
 
 def _interact_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, packed, mask, out = ctx.saved_tensors
-    d_x, d_packed = torch.ops.autoint_fast.interact_backward(
-        grad, x, packed, out, mask, ctx.n_head, ctx.backend, ctx.needs
-    )
+    d_x, d_packed = torch.ops.autoint_fast.interact_backward(grad, x, packed, out, mask, *ctx.call)
     return (
         d_x if ctx.needs & NEED_INPUT else None,
         d_packed if ctx.needs & NEED_WEIGHTS else None,
-        *(None,) * 5,
+        *(None,) * 4,
     )
 
 
@@ -266,49 +285,54 @@ def through_library(*tensors: Tensor) -> bool:
 
 def _needs(p: InteractingParameters) -> int:
     """The folded parts whose gradients the parameters ask for."""
+
+    def any_of(*tensors: Tensor | None) -> bool:
+        return any(t is not None and t.requires_grad for t in tensors)
+
     needs = 0
-    if p.w_q.requires_grad or p.b_q.requires_grad or p.w_k.requires_grad:
+    if any_of(p.w_q, p.b_q, p.w_k):
         needs |= NEED_SCORES
-    if p.w_v.requires_grad or p.w_o.requires_grad:
+    if any_of(p.w_v, p.w_o):
         needs |= NEED_VALUES
-    if p.w_r.requires_grad:
+    if any_of(p.w_r):
         needs |= NEED_RESIDUAL
     # b_k has a gradient of zeros, which costs nothing but has to come from somewhere.
-    if any(t.requires_grad for t in (p.b_k, p.b_v, p.w_o, p.b_o, p.b_r)):
+    if any_of(p.b_k, p.b_v, p.b_o, p.b_r) or (p.b_v is not None and any_of(p.w_o)):
         needs |= NEED_BIAS
     return needs
 
 
-def fold(p: InteractingParameters, layout: Layout, backend: str) -> Tensor:
+def fold(interaction: Interaction, layout: Layout, backend: str) -> Tensor:
     """The packed folded weights (Layout.numel,) of a layer as constants, on the engine named `backend`.
 
     fp64 for fp64 parameters, fp32 for all others.
     """
     with torch.no_grad():
-        return _fold(p, layout, backend)
+        return ENGINES[backend].fold(interaction.parameters, layout, interaction.scale)
 
 
 def interact(
     x: Tensor,
-    p: InteractingParameters,
+    interaction: Interaction,
     layout: Layout,
     mask: Tensor | None,
     backend: str,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """The interacting layer on the engine named `backend`.
+    """An interacting layer on the engine named `backend`, in the form of `layout` (`weights.choose_layout`).
 
     x (B, F, E) fp32, bf16, fp16 or fp64; mask None or bool (1 or B, 1 or F, 1 or F), True = hidden. `packed`: what
-    `fold` gives for p; without it p is folded in the call. Gives (B, F, O) in x's dtype; differentiable once with
-    respect to x and p. RuntimeError when differentiated twice.
+    `fold` gives; without it the parameters are folded in the call. Gives (B, F, O) in x's dtype; differentiable once
+    with respect to x and the parameters. RuntimeError when differentiated twice.
     """
+    p, scale = interaction.parameters, interaction.scale
     needs = _needs(p) | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0
     if through_library(x, p.w_q):
         if packed is None:
-            packed = torch.ops.autoint_fast.fold(list(p), layout.n_head, backend)
-        return torch.ops.autoint_fast.interact(x, packed, mask, layout.n_head, layout.out_size, backend, needs)
+            packed = torch.ops.autoint_fast.fold(*_listed(p), list(layout), scale, backend)
+        return torch.ops.autoint_fast.interact(x, packed, mask, list(layout), backend, needs)
     if needs:
-        return _Interact.apply(x, packed, mask, layout, backend, needs, *p)
+        return _Interact.apply(x, packed, mask, layout, scale, backend, needs, *p)
     if packed is None:
-        packed = _fold(p, layout, backend)
+        packed = ENGINES[backend].fold(p, layout, scale)
     return _interact(x, packed, mask, layout, backend)

@@ -13,19 +13,24 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from .validation import check_dropout, check_dtype, check_input, check_mask, check_size, describe
-from .weights import InteractingParameters
+from .validation import check_dropout, check_dtype, check_input, check_mask, check_parameters, check_size
+from .weights import InteractingParameters, Interaction
 
 
-def attention_probabilities(x: Tensor, p: InteractingParameters, n_head: int, mask: Tensor | None) -> Tensor:
-    """P_h = softmax(Q_h K_h^T / sqrt(E)) over the fields that are not hidden.
+def _heads(x: Tensor, weight: Tensor, bias: Tensor | None, n_head: int) -> Tensor:
+    """A projection of x (B, F, E), cut into heads: (H, B, F, d)."""
+    return rearrange(nnf.linear(x, weight, bias), "b f (h d) -> h b f d", h=n_head)
+
+
+def attention_probabilities(x: Tensor, interaction: Interaction, mask: Tensor | None) -> Tensor:
+    """P_h = softmax(scale Q_h K_h^T) over the fields that are not hidden.
 
     x (B, F, E); mask None or bool, True = hidden, broadcasting to (B, F, F). Gives (H, B, F, F). A row whose
     every key is hidden is zero, as in `scaled_dot_product_attention`.
     """
-    q = rearrange(nnf.linear(x, p.w_q, p.b_q), "b f (h d) -> h b f d", h=n_head)
-    k = rearrange(nnf.linear(x, p.w_k, p.b_k), "b f (h d) -> h b f d", h=n_head)
-    logits = torch.einsum("hbqd,hbkd->hbqk", q, k) / math.sqrt(q.shape[-1])
+    p, n_head = interaction.parameters, interaction.n_head
+    q, k = _heads(x, p.w_q, p.b_q, n_head), _heads(x, p.w_k, p.b_k, n_head)
+    logits = torch.einsum("hbqd,hbkd->hbqk", q, k) * interaction.scale
     if mask is None:
         return torch.softmax(logits, dim=-1)
     # An all-hidden row keeps finite logits until after the softmax: -inf throughout would make its gradient NaN.
@@ -34,20 +39,35 @@ def attention_probabilities(x: Tensor, p: InteractingParameters, n_head: int, ma
     return torch.softmax(logits, dim=-1).masked_fill(empty, 0.0)
 
 
+def interaction_reference(x: Tensor, interaction: Interaction, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """end( concat_h(P_h V_h) Wo + bo + residual ) as `Interaction` says, and P (H, B, F, F).
+
+    AutoInt (Song et al., CIKM 2019), equations 5 to 8, and what libraries have made of them.
+    x (B, F, E) -> (B, F, O), any floating dtype.
+    """
+    p = interaction.parameters
+    attention = attention_probabilities(x, interaction, mask)
+    v = x.expand(interaction.n_head, *x.shape) if p.w_v is None else _heads(x, p.w_v, p.b_v, interaction.n_head)
+    heads = torch.einsum("hbqk,hbkd->hbqd", attention.to(v.dtype), v)
+    out = rearrange(heads, "h b f d -> b f (h d)")
+    if p.w_o is not None:
+        out = nnf.linear(out, p.w_o, p.b_o)
+    if interaction.residual == "projection":
+        out = out + nnf.linear(x, p.w_r, p.b_r)
+    elif interaction.residual == "identity":
+        out = out + x
+    return torch.relu(out) if interaction.relu else out, attention
+
+
 def interacting_reference(
     x: Tensor, p: InteractingParameters, n_head: int, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """relu( concat_h(P_h V_h) Wo + bo + x Wr + br ), and P (H, B, F, F).
+    """relu( concat_h(P_h V_h) Wo + bo + x Wr + br ) with logits over sqrt(d), and P (H, B, F, F).
 
-    AutoInt (Song et al., CIKM 2019), equations 5 to 8, with biases and an output projection.
     x (B, F, E) -> (B, F, E), any floating dtype.
     """
-    attention = attention_probabilities(x, p, n_head, mask)
-    v = rearrange(nnf.linear(x, p.w_v, p.b_v), "b f (h d) -> h b f d", h=n_head)
-    heads = torch.einsum("hbqk,hbkd->hbqd", attention.to(v.dtype), v)
-    concatenated = rearrange(heads, "h b f d -> b f (h d)")
-    out = torch.relu(nnf.linear(concatenated, p.w_o, p.b_o) + nnf.linear(x, p.w_r, p.b_r))
-    return out, attention
+    scale = 1 / math.sqrt(p.w_q.shape[0] // n_head)
+    return interaction_reference(x, Interaction(p, n_head, scale, "projection"), mask)
 
 
 def _prepare_projection(name: str, projection: nn.Linear) -> None:
@@ -85,6 +105,8 @@ class ReferenceInteractingLayer(nn.Module):
     Raises TypeError or ValueError naming the argument.
     """
 
+    parameter_names = tuple(f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias"))
+
     def __init__(
         self,
         n_head: int,
@@ -101,6 +123,7 @@ class ReferenceInteractingLayer(nn.Module):
         self.n_head = n_head
         self.emb_size = emb_size
         self.dropout = dropout
+        self.scale = 1 / math.sqrt(emb_size)
         width = n_head * emb_size
         # The order of the random draws is part of the contract: a seed gives the weights it always gave.
         self.w_qs = nn.Linear(emb_size, width, device=device, dtype=dtype)
@@ -134,13 +157,11 @@ class ReferenceInteractingLayer(nn.Module):
             else:
                 # Past nn.Module's attribute look-up, which shows in the time of a call of one sample.
                 tensors += (own["weight"], own["bias"])
-        dtype, device = tensors[0].dtype, tensors[0].device
-        for i, tensor in enumerate(tensors):
-            if tensor is None or tensor.dtype != dtype or tensor.device != device:
-                name = f"{PROJECTIONS[i // 2]}.{'bias' if i % 2 else 'weight'}"
-                expected = f"a tensor of w_qs.weight's dtype and device, {dtype} on {device}"
-                raise ValueError(f"{name}: expected {expected}, got {describe(tensor)}")
         return InteractingParameters(*tensors)
+
+    def interaction(self) -> Interaction:
+        """What the layer computes, with its tensors as they are now."""
+        return Interaction(self.interacting_parameters(), self.n_head, self.scale, "projection")
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
@@ -152,9 +173,10 @@ class ReferenceInteractingLayer(nn.Module):
         """
         check_input(x, self.emb_size)
         mask = check_mask(mask, x)
-        p = self.interacting_parameters()
-        check_dtype(x, p.w_q)
-        out, attention = interacting_reference(x, p, self.n_head, mask)
+        interaction = self.interaction()
+        check_parameters(interaction, self.parameter_names)
+        check_dtype(x, interaction.parameters.w_q)
+        out, attention = interaction_reference(x, interaction, mask)
         return (out, attention.transpose(0, 1)) if return_attention else out
 
     def extra_repr(self) -> str:

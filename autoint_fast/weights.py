@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class InteractingParameters(NamedTuple):
     b_q: Tensor | None  # [H*d]
     w_k: Tensor  # [H*d, E]
     b_k: Tensor | None  # [H*d]
-    w_v: Tensor | None  # [H*d, E]; without, the values are x itself (and d = E)
+    w_v: Tensor | None  # [H*d, E]; without it and w_o, the heads give P_h x (O = H*E)
     b_v: Tensor | None  # [H*d]
     w_o: Tensor | None  # [O, H*d]; without, the heads are concatenated (O = H*d)
     b_o: Tensor | None  # [O]
@@ -136,43 +137,44 @@ class Layout(NamedTuple):
 
     def parts(self, packed: Tensor) -> Parts:
         """Views of `packed` (numel,)."""
-        h, e, d, o = self[:4]
+        h, d = self.n_head, self.rank
         a, c, k, v, m, r, b, g = packed.split(self.sizes)
         shape = (-1, h, d)
         return Parts(
             *(a.view(shape), c.view(h, d), k.view(shape), v.view(shape)),
-            *(m.view(h, -1, self.head_out), r.view(-1, o), b, g),
+            *(m.view(h, -1, self.head_out), r.view(-1, self.out_size), b, g),
         )
 
 
-def layout_of(interaction: Interaction, factored: bool) -> Layout:
-    """The layout of a layer in one of the two forms."""
-    p, h = interaction.parameters, interaction.n_head
-    rows, e = p.w_q.shape
-    d = rows // h
-    if p.w_o is not None:
-        output, o = MERGED, p.w_o.shape[0]
-    else:
-        # Only folding leaves something to multiply concatenated heads by: their values' projection.
-        output, o = (BARE if factored or p.w_v is None else CONCATENATED), rows
-    residual = RESIDUALS.index(interaction.residual)
-    return Layout(h, e, d if factored else e, o, int(factored), output, residual, int(interaction.relu))
+FORMS = ("auto", "folded", "factored")
 
 
-def folds(interaction: Interaction, n_fields: int) -> bool:
-    """Whether folding takes fewer operations than the factors on samples of so many fields.
+def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -> Layout:
+    """How to compute a layer on samples of so many fields.
 
-    A head takes 2 F E^2 + 4 F^2 E + 2 F E O_h folded, and 6 F E d + 4 F^2 d + 2 F d O_h factored, where the last term is
-    there only with an output projection.
+    form: "auto" folds where that takes fewer operations; "folded" and "factored" force it.
     """
-    p, h = interaction.parameters, interaction.n_head
-    rows, e = p.w_q.shape
+    p = interaction.parameters
+    merged = None if p.w_o is None else p.w_o.shape[0]
+    kind = (p.w_v is not None, interaction.residual, interaction.relu)
+    return _choose_layout(interaction.n_head, *p.w_q.shape, merged, *kind, n_fields, form)
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_layout(
+    h: int, rows: int, e: int, merged: int | None, has_values: bool, residual: str, relu: bool, n_fields: int, form: str
+) -> Layout:
     d = rows // h
-    if p.w_v is None:
-        return True
-    o = d if p.w_o is None else p.w_o.shape[0]
-    last = 0 if p.w_o is None else d * o
-    return e * e + 2 * n_fields * e + e * o <= 3 * e * d + 2 * n_fields * d + last
+    # The operations of a head but for a factor 2 F, without and with an output projection.
+    head_out = d if merged is None else merged
+    folded = e * e + 2 * n_fields * e + e * head_out
+    factors = 3 * e * d + 2 * n_fields * d + (0 if merged is None else d * head_out)
+    factored = has_values and (form == "factored" or (form == "auto" and factors < folded))
+    # Of concatenated heads only folding leaves something to multiply by: the projection of their values.
+    concatenated = BARE if factored or not has_values else CONCATENATED
+    output = concatenated if merged is None else MERGED
+    o = merged or (rows if has_values else h * e)
+    return Layout(h, e, d if factored else e, o, int(factored), output, RESIDUALS.index(residual), int(relu))
 
 
 def folded_dtype(dtype: torch.dtype) -> torch.dtype:

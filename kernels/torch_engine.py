@@ -1,13 +1,19 @@
 """The folded algebra in plain PyTorch, in batch blocks that stay in cache: any device.
 
-Shapes: n samples of a block, F fields, E embedding size, H heads, O output width. A column of scores is a (field,
-head), so that one matmul serves all heads and nothing is ever permuted; keys come first, because short rows are slow
-to reduce and columns are not:
+Shapes: n samples of a block, F fields, E embedding size, H heads, D rank, O output width. Keys come first in the
+scores, because short rows are slow to reduce and columns are not. Folded, a column of scores is a (field, head), so
+that one matmul serves all heads and nothing is ever permuted:
 
-    q = x A + c              [n*F, H*E] = [n, F*H, E]
+    q = x a + c              [n*F, H*E] = [n, F*H, E]
     w = 2^(x q^T)            [n, F, F*H], not normalised
     z = w^T x / sum of w     [n, F*H, E] = [n*F, H*E]
-    out = relu(z M + x R + b + g)
+    out = end(z m + residual + b + g)
+
+Factored, a head has keys and values of its own, and the heads come first of all:
+
+    q, k, v = x a + c, x k, x v     [H, n*F, D] = [H*n, F, D]
+    w = 2^(k q^T)                   [H*n, F, F]
+    z = w^T v / sum of w            [H*n, F, D]
 """
 
 from __future__ import annotations
@@ -22,20 +28,26 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from ..weights import (
+    BARE,
+    CONCATENATED,
+    IDENTITY,
     LN2,
     LOG2E,
+    MERGED,
     NEED_BIAS,
     NEED_INPUT,
     NEED_RESIDUAL,
     NEED_SCORES,
     NEED_VALUES,
+    PROJECTION,
+    InteractingParameters,
     Layout,
+    Parts,
     folded_dtype,
 )
 
 if TYPE_CHECKING:
     from ..dispatch import Call
-    from ..weights import InteractingParameters
 
 # Rows (samples times fields) and scores of a block for each thread: smaller blocks pay more for calling torch than for
 # the work, larger ones leave the caches.
@@ -78,102 +90,142 @@ def prepare(call: Call) -> bool:
 # --- folding ------------------------------------------------------------------------------------------------------
 
 
-def _as_dtype(p: InteractingParameters, dtype: torch.dtype) -> Sequence[Tensor]:
-    return p if all(t.dtype == dtype for t in p) else [t.to(dtype) for t in p]
+def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[InteractingParameters], bool]:
+    """A function that tells whether parameters still hold the values of `copy`, which lie side by side in memory.
+
+    It is only asked about the very tensors of `given`, from which they were copied. False where it is faster to fold
+    anew than to see.
+    """
+
+    def still_same(p: InteractingParameters) -> bool:
+        return all(
+            t is None or (t.dtype == kept.dtype and torch.equal(t, kept)) for t, kept in zip(p, copy, strict=True)
+        )
+
+    return still_same
 
 
-def unchanged(p: InteractingParameters, copy: InteractingParameters, layout: Layout) -> bool:
-    """Whether p still holds the values of `copy`, a copy side by side in memory, where that is faster to see than to
-    fold anew; else False."""
-    if p.w_q.device.type != "cpu":
-        return False
-    return all(t.dtype == kept.dtype and torch.equal(t, kept) for t, kept in zip(p, copy, strict=True))
+def _as_dtype(p: InteractingParameters, dtype: torch.dtype) -> InteractingParameters:
+    if all(t is None or t.dtype == dtype for t in p):
+        return p
+    return InteractingParameters(*(None if t is None else t.to(dtype) for t in p))  # type: ignore[arg-type]
+
+
+def _or_zeros(t: Tensor | None, like: Tensor, size: int) -> Tensor:
+    return like.new_zeros(size) if t is None else t
+
+
+def _head_weights(p: InteractingParameters, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w_q with b_q as one more column [H, d, E + 1], w_k and w_v [H, d, E], w_o [H, d, O]; empty for None."""
+    h, e = layout.n_head, layout.emb_size
+    rows = p.w_q.shape[0]
+    w_qb = torch.cat((p.w_q, _or_zeros(p.b_q, p.w_q, rows).unsqueeze(1)), 1).view(h, -1, e + 1)
+    w_v = p.w_q.new_empty(0) if p.w_v is None else p.w_v.reshape(h, -1, e)
+    w_o = p.w_q.new_empty(0) if p.w_o is None else p.w_o.reshape(layout.out_size, h, -1).permute(1, 2, 0)
+    return w_qb, p.w_k.reshape(h, -1, e), w_v, w_o
 
 
 @_plain_torch
-def fold(p: InteractingParameters, layout: Layout) -> Tensor:
-    """The packed folded weights (DESIGN: A, c, M, R, b, g), in fp32 or fp64 whatever the parameters' dtype."""
-    h, e, o = layout
-    w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = _as_dtype(p, folded_dtype(p.w_q.dtype))
-    w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
-    # A's rows, and c as one more: [H, E + 1, E]. Here and below, scaling a factor is faster than scaling the product.
-    ac = torch.baddbmm(w_k.new_empty(()), w_qb.mT, w_k.reshape(h, e, e), beta=0, alpha=LOG2E / math.sqrt(e))
-    m = torch.bmm(w_v.reshape(h, e, e).mT, w_o.reshape(o, h, e).permute(1, 2, 0))
-    pieces = (ac.transpose(0, 1).reshape(-1), m.view(-1), w_r.t().reshape(-1), b_o + b_r, torch.mv(w_o, b_v))
-    return torch.cat(pieces)
+def fold(p: InteractingParameters, layout: Layout, scale: float) -> Tensor:
+    """The packed folded weights, in fp32 or fp64 whatever the parameters' dtype. `scale`: of the logits."""
+    p = _as_dtype(p, folded_dtype(p.w_q.dtype))
+    o = layout.out_size
+    w_qb, w_k, w_v, w_o = _head_weights(p, layout)
+    m = r = p.w_q.new_empty(0)
+    if layout.factored:
+        a_and_c = (w_qb * (LOG2E * scale)).permute(2, 0, 1).reshape(-1)
+        pieces = [a_and_c, w_k.permute(2, 0, 1).reshape(-1), w_v.permute(2, 0, 1).reshape(-1)]
+        if layout.output == MERGED:
+            m = w_o
+    else:
+        # a's rows, and c as one more: [H, E + 1, E]. Here and below, scaling a factor is faster than the product.
+        ac = torch.baddbmm(w_k.new_empty(()), w_qb.mT, w_k, beta=0, alpha=LOG2E * scale)
+        pieces = [ac.transpose(0, 1).reshape(-1)]
+        if layout.output == MERGED:
+            m = torch.bmm(w_v.mT, w_o)
+        elif layout.output == CONCATENATED:
+            m = w_v.mT
+    if layout.residual == PROJECTION:
+        assert p.w_r is not None
+        r = p.w_r.t()
+    g = _or_zeros(p.b_v, p.w_q, o) if p.w_o is None or p.b_v is None else torch.mv(p.w_o, p.b_v)
+    b = _or_zeros(p.b_o, p.w_q, o) if p.b_r is None else p.b_r if p.b_o is None else p.b_o + p.b_r
+    return torch.cat((*pieces, m.reshape(-1), r.reshape(-1), b, g))
 
 
 @_plain_torch
 def fold_backward(
-    grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]
+    grad: Tensor, p: InteractingParameters, layout: Layout, scale: float, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of the ten parameters from that of the packed weights; None where not `wanted`.
 
     b_k moves every logit of a row alike, so its gradient is exactly zero.
     """
-    h, e, o = layout
-    w_q, b_q, w_k, b_k, w_v, b_v, w_o, _, _, _ = _as_dtype(p, grad.dtype)
-    d_a, d_c, d_m, d_r, d_b, d_g = grad.split_with_sizes(layout.sizes)
-    d_ac = grad[: d_a.numel() + d_c.numel()].view(e + 1, h, e)
-    blank, scale = grad.new_empty(()), LOG2E / math.sqrt(e)
-    d_m = d_m.view(h, e, o)
+    given, p = p, _as_dtype(p, grad.dtype)
+    e, o = layout.emb_size, layout.out_size
+    d = layout.parts(grad)
+    w_qb, w_k, w_v, w_o = _head_weights(p, layout)
+    blank, scale = grad.new_empty(()), LOG2E * scale
+    rows = p.w_q.shape[0]
     want_q, want_bq, want_k, want_bk, want_v, want_bv, want_o, want_bo, want_r, want_br = wanted
     grads: list[Tensor | None] = [None] * len(p)
-    if want_q:
-        grads[0] = torch.baddbmm(blank, w_k.reshape(h, e, e), d_ac[:e].permute(1, 2, 0), beta=0, alpha=scale).view(
-            h * e, e
-        )
-    if want_bq:
-        grads[1] = torch.baddbmm(blank, w_k.reshape(h, e, e), d_ac[e].unsqueeze(2), beta=0, alpha=scale).view(h * e)
-    if want_k:
-        w_qb = torch.cat((w_q, b_q.unsqueeze(1)), 1).view(h, e, e + 1)
-        grads[2] = torch.baddbmm(blank, w_qb, d_ac.transpose(0, 1), beta=0, alpha=scale).view(h * e, e)
+    if layout.factored:
+        if want_q:
+            grads[0] = d.a.permute(1, 2, 0).reshape(rows, e) * scale
+        if want_bq:
+            grads[1] = d.c.reshape(rows) * scale
+        if want_k:
+            grads[2] = d.k.permute(1, 2, 0).reshape(rows, e)
+        if want_v:
+            grads[4] = d.v.permute(1, 2, 0).reshape(rows, e)
+        if want_o:
+            grads[6] = d.m.permute(2, 0, 1).reshape(o, rows)
+    else:
+        d_ac = torch.cat((d.a, d.c.unsqueeze(0)))
+        if want_q:
+            grads[0] = torch.baddbmm(blank, w_k, d.a.permute(1, 2, 0), beta=0, alpha=scale).view(rows, e)
+        if want_bq:
+            grads[1] = torch.baddbmm(blank, w_k, d.c.unsqueeze(2), beta=0, alpha=scale).view(rows)
+        if want_k:
+            grads[2] = torch.baddbmm(blank, w_qb, d_ac.transpose(0, 1), beta=0, alpha=scale).view(rows, e)
+        if want_v:
+            grads[4] = (d.m.mT if p.w_o is None else torch.bmm(w_o, d.m.mT)).reshape(rows, e)
+        if want_o:
+            grads[6] = torch.bmm(d.m.mT, w_v.mT).transpose(0, 1).reshape(o, rows)
     if want_bk:
-        grads[3] = torch.zeros_like(b_k)
-    if want_v:
-        grads[4] = torch.bmm(w_o.reshape(o, h, e).permute(1, 2, 0), d_m.mT).view(h * e, e)
+        grads[3] = grad.new_zeros(rows)
     if want_bv:
-        grads[5] = torch.mv(w_o.t(), d_g)
-    if want_o:
-        d_o = torch.bmm(d_m.mT, w_v.reshape(h, e, e).mT)
-        grads[6] = d_o.transpose(0, 1).reshape(o, h * e).addr_(d_g, b_v)
+        grads[5] = d.g if p.w_o is None else torch.mv(p.w_o.t(), d.g)
+    if want_o and p.b_v is not None:
+        assert grads[6] is not None
+        grads[6] = torch.addr(grads[6], d.g, p.b_v)
     if want_bo:
-        grads[7] = d_b.clone()
+        grads[7] = d.b
     if want_r:
-        # A copy even where E or O is 1: an operator must not return a view of what it was given.
-        grads[8] = d_r.view(e, o).t().clone(memory_format=torch.contiguous_format)
+        grads[8] = d.r.t()
     if want_br:
-        grads[9] = d_b.clone()
-    return [None if g is None else g.to(t.dtype) for g, t in zip(grads, p, strict=True)]
+        grads[9] = d.b
+    # Copies of what may still be views: an operator must not return a part of what it was given.
+    return [
+        None
+        if g is None or t is None
+        else g.to(t.dtype, memory_format=torch.contiguous_format, copy=True)
+        if g._is_view() or g.dtype != t.dtype
+        else g
+        for g, t in zip(grads, given, strict=True)
+    ]
 
 
 # --- the width of the computation -----------------------------------------------------------------------------------
 
 
-class _Weights(NamedTuple):
-    """The folded weights as matrices, at the width of the computation."""
-
-    a: Tensor  # [E, H*E]
-    c: Tensor  # [H*E]
-    m: Tensor  # [H*E, O]
-    r: Tensor  # [E, O]
-    b: Tensor  # [O]
-    g: Tensor  # [O]
-
-
-def _matrices(packed: Tensor, layout: Layout) -> _Weights:
-    """Views of `packed` (layout.numel,)."""
-    _, e, o = layout
-    a, c, m, r, b, g = packed.split_with_sizes(layout.sizes)
-    return _Weights(a.view(e, -1), c, m.view(-1, o), r.view(e, o), b, g)
-
-
 def _width(layout: Layout, device: torch.device) -> Layout:
     """The layout to compute in: more zeros where a CPU multiplies wider matrices faster."""
-    h, e, o = layout
-    if device.type != "cpu" or min(e, o) >= LEAST_WIDTH:
+    e, o = layout.emb_size, layout.out_size
+    if device.type != "cpu" or min(e, o) >= LEAST_WIDTH or layout.factored or layout.output != MERGED:
         return layout
-    return Layout(h, max(e, LEAST_WIDTH), max(o, LEAST_WIDTH))
+    wider = max(e, LEAST_WIDTH)
+    return layout._replace(emb_size=wider, rank=wider, out_size=max(o, LEAST_WIDTH))
 
 
 @functools.lru_cache(maxsize=64)
@@ -201,10 +253,10 @@ def _padded(t: Tensor, width: int) -> Tensor:
 
 
 class _Mask(NamedTuple):
-    """A block's mask, keys first as the scores are."""
+    """A block's mask, keys first as the scores are; a column is a (field, head) where weights are folded."""
 
-    ceiling: Tensor  # [n or 1, F or 1, F*H or 1]: minus infinity where hidden, else infinity
-    empty: Tensor  # [n or 1, 1, F*H or 1], bool: not a single key
+    ceiling: Tensor  # [n or 1, F or 1, columns or 1]: minus infinity where hidden, else infinity
+    empty: Tensor  # [n or 1, 1, columns or 1], bool: not a single key
     empty_rows: Tensor  # [n or 1, F or 1, 1], bool: the same, for the rows of the output
 
 
@@ -215,18 +267,25 @@ class _Block(NamedTuple):
     work: Sequence[Tensor | None]  # [n, F, F*H], the same memory for every block: fresh pages cost too much
 
 
+class _Operands(NamedTuple):
+    """Of the attention of one block: [n, F*H, E] and twice x, or [H*n, F, D] thrice."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class _Attention(NamedTuple):
     """Of one block: P^T is `w` times `scale`."""
 
-    q: Tensor  # [n, F*H, E]
-    w: Tensor  # [n, F, F*H]
-    scale: Tensor  # [n, 1, F*H]
+    w: Tensor  # [n, F, F*H] or [H*n, F, F]
+    scale: Tensor  # [n, 1, F*H] or [H*n, 1, F]
 
 
-def _keys_first(mask: Tensor, n_head: int, dtype: torch.dtype) -> _Mask:
+def _keys_first(mask: Tensor, layout: Layout, dtype: torch.dtype) -> _Mask:
     hidden = mask.mT
-    if hidden.shape[2] > 1:
-        hidden = hidden.repeat_interleave(n_head, dim=2)
+    if hidden.shape[2] > 1 and not layout.factored:
+        hidden = hidden.repeat_interleave(layout.n_head, dim=2)
     # Scores cut off at a ceiling: masked_fill and where take several times as long.
     ceiling = hidden.to(dtype).mul_(-2).add_(1).mul_(math.inf)
     return _Mask(ceiling, hidden.all(1, keepdim=True), mask.all(2, keepdim=True))
@@ -243,39 +302,54 @@ def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype, n
     for start in range(0, batch if fields else 0, size or 1):
         rows = slice(start, min(start + size, batch))
         if mask is not None and (block_mask is None or mask.shape[0] > 1):
-            block_mask = _keys_first(mask[rows], width.n_head, dtype)
+            block_mask = _keys_first(mask[rows], width, dtype)
         buffers = [None if t is None else t[: rows.stop - start] for t in work]
         yield _Block(rows, _padded(x[rows].to(dtype), width.emb_size), block_mask, buffers)
 
 
-def _attend(block: _Block, weights: _Weights, shift: bool) -> _Attention:
-    """`shift`: subtract the largest score of each row, as softmax does; without, only a block that needs it does."""
-    x, mask = block.x, block.mask
+def _project(x: Tensor, weights: Parts, layout: Layout) -> _Operands:
     n, f, e = x.shape
-    q = torch.addmm(weights.c, x.view(n * f, e), weights.a).view(n, -1, e)
-    scores = torch.bmm(x, q.mT, out=block.work[0])
+    h, d = layout.n_head, layout.rank
+    rows = x.view(n * f, e)
+    if not layout.factored:
+        return _Operands(torch.addmm(weights.c.view(-1), rows, weights.a.view(e, h * d)).view(n, f * h, d), x, x)
+    for_all = rows.expand(h, n * f, e)
+    q = torch.baddbmm(weights.c.unsqueeze(1), for_all, weights.a.transpose(0, 1))
+    k, v = (torch.bmm(for_all, t.transpose(0, 1)) for t in (weights.k, weights.v))
+    return _Operands(*(t.view(h * n, f, d) for t in (q, k, v)))
+
+
+def _attend(block: _Block, operands: _Operands, shift: bool) -> _Attention:
+    """`shift`: subtract the largest score of each row, as softmax does; without, only a block that needs it does."""
+    q, k, _ = operands
+    mask, work = block.mask, block.work[0]
+    if work is not None:
+        work = work.view(q.shape[0], k.shape[1], q.shape[1])
+    scores = torch.bmm(k, q.mT, out=work)
+    # Heads, where they come first, share a mask: [H or 1, n, F, columns].
+    every_head = scores.view(-1, *block.x.shape[:2], q.shape[1])
     if mask is not None:
-        torch.minimum(scores, mask.ceiling, out=scores)
+        torch.minimum(every_head, mask.ceiling, out=every_head)
     if shift:
-        largest = scores.amax(1, keepdim=True)
-        if mask is not None and (x.device.type != "cpu" or largest.isnan().any()):
+        largest = every_head.amax(2, keepdim=True)
+        if mask is not None and (q.device.type != "cpu" or largest.isnan().any()):
             # The score of a hidden field may be NaN, which survives the minimum.
-            scores.masked_fill_(mask.ceiling < 0, -math.inf)
-            largest = scores.amax(1, keepdim=True)
+            every_head.masked_fill_(mask.ceiling < 0, -math.inf)
+            largest = every_head.amax(2, keepdim=True)
         if mask is not None:
             # Minus infinity from minus infinity would be NaN.
             largest.masked_fill_(mask.empty, 0.0)
-        scores -= largest
+        every_head -= largest
     w = scores.exp2_()
     sums = w.sum(1, keepdim=True)
     if mask is not None:
-        sums.masked_fill_(mask.empty, 1.0)
+        sums.view(-1, block.x.shape[0], 1, q.shape[1]).masked_fill_(mask.empty, 1.0)
     if not shift:
         least, most = torch.aminmax(sums)
         # False for NaN too.
         if not LEAST_SUM < least.item() <= most.item() < MOST_SUM:
-            return _attend(block, weights, shift=True)
-    return _Attention(q, w, sums.reciprocal_())
+            return _attend(block, operands, shift=True)
+    return _Attention(w, sums.reciprocal_())
 
 
 def _must_shift(x: Tensor, mask: Tensor | None) -> bool:
@@ -287,26 +361,73 @@ def _must_shift(x: Tensor, mask: Tensor | None) -> bool:
     return mask is not None or x.shape[1] <= 1 or x.device.type != "cpu"
 
 
+# --- between heads and outputs --------------------------------------------------------------------------------------
+
+
+def _by_head(t: Tensor, layout: Layout) -> Tensor:
+    """z or its gradient as [H, n*F, D]."""
+    h, d = layout.n_head, layout.rank
+    return t.view(h, -1, d) if layout.factored else t.view(-1, h, d).transpose(0, 1)
+
+
+def _outputs_by_head(y: Tensor, layout: Layout) -> Tensor:
+    """What each head gives to of y [n*F, O]: [H, n*F, O_h]."""
+    h = layout.n_head
+    return y.expand(h, *y.shape) if layout.output == MERGED else y.view(-1, h, layout.head_out).transpose(0, 1)
+
+
+def _add_outputs(y: Tensor, z: Tensor, weights: Parts, layout: Layout) -> None:
+    """y [n*F, O] += the heads' outputs."""
+    if layout.output == MERGED and not layout.factored:
+        y.addmm_(z.view(y.shape[0], -1), weights.m.view(-1, layout.out_size))
+        return
+    by_head = _by_head(z, layout)
+    if layout.output == BARE:
+        _outputs_by_head(y, layout).add_(by_head)
+        return
+    for y_h, z_h, m_h in zip(_outputs_by_head(y, layout), by_head, weights.m, strict=True):
+        y_h.addmm_(z_h, m_h)
+
+
+def _output_gradients(d_y: Tensor, weights: Parts, layout: Layout, scale: Tensor) -> Tensor:
+    """The gradient of z, in its shape, times `scale` [.., 1]."""
+    shape = (scale.shape[0], scale.shape[1], layout.rank)
+    if layout.output == MERGED and not layout.factored:
+        return torch.mm(d_y, weights.m.view(-1, layout.out_size).t()).view(shape).mul_(scale)
+    d_z = _outputs_by_head(d_y, layout)
+    if layout.output != BARE:
+        d_z = torch.bmm(d_z, weights.m.mT)
+    return (d_z if layout.factored else d_z.transpose(0, 1)).reshape(shape) * scale
+
+
 @_plain_torch
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """x (B, F, E), packed folded weights, mask of 3 dimensions or None -> (B, F, O) in x's dtype."""
     batch, fields, _ = x.shape
     width = _width(layout, x.device)
-    weights = _matrices(_widened(packed, layout, width), width)
+    weights = width.parts(_widened(packed, layout, width))
     bias = weights.b + weights.g if mask is None else weights.b
     shift = _must_shift(x, mask)
     out = x.new_empty(batch, fields, layout.out_size)
     in_place = width == layout and packed.dtype == x.dtype
     for block in _blocks(x, mask, width, packed.dtype, n_buffers=1):
-        _, w, scale = _attend(block, weights, shift)
-        z = torch.bmm(w.mT, block.x).mul_(scale.mT)
+        operands = _project(block.x, weights, width)
+        w, scale = _attend(block, operands, shift)
+        z = torch.bmm(w.mT, operands.v).mul_(scale.mT)
         rows = block.x.view(-1, width.emb_size)
         y = out[block.rows] if in_place else block.x.new_empty(*block.x.shape[:2], width.out_size)
         flat = y.view(-1, width.out_size)
-        torch.addmm(bias, rows, weights.r, out=flat).addmm_(z.view(rows.shape[0], -1), weights.m)
+        if width.residual == PROJECTION:
+            torch.addmm(bias, rows, weights.r, out=flat)
+        elif width.residual == IDENTITY:
+            torch.add(rows, bias, out=flat)
+        else:
+            flat.copy_(bias)
+        _add_outputs(flat, z, weights, width)
         if block.mask is not None:
             y += weights.g.masked_fill(block.mask.empty_rows, 0.0)
-        y.relu_()
+        if width.relu:
+            y.relu_()
         if not in_place:
             out[block.rows] = y[:, :, : layout.out_size]
     return out
@@ -314,56 +435,89 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
 
 @_plain_torch
 def interact_backward(
-    grad: Tensor, x: Tensor, packed: Tensor, out: Tensor, mask: Tensor | None, layout: Layout, needs: int
+    grad: Tensor, x: Tensor, packed: Tensor, out: Tensor | None, mask: Tensor | None, layout: Layout, needs: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the packed weights; P is recomputed block by block.
 
-    None where `needs` asks for nothing; parts of the packed gradient that are not needed are zero.
+    out: of the forward; None without relu. None where `needs` asks for nothing; parts of the packed gradient that are
+    not needed are zero.
     """
     width = _width(layout, x.device)
-    weights = _matrices(_widened(packed, layout, width), width)
-    to_z, to_q, to_x = weights.m.t(), weights.a.t(), weights.r.t()
+    h = width.n_head
+    weights = width.parts(_widened(packed, layout, width))
     shift = _must_shift(x, mask)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
     in_place = width == layout and packed.dtype == x.dtype
     d_packed = packed.new_zeros(width.numel)
-    d = _matrices(d_packed, width)
+    d = width.parts(d_packed)
     for block in _blocks(x, mask, width, packed.dtype, n_buffers=2):
         n, f, e = block.x.shape
         rows = block.x.view(n * f, e)
-        # As in torch's relu, a NaN output lets its gradient pass.
-        d_y = torch.ops.aten.threshold_backward.default(grad[block.rows], out[block.rows], 0)
+        d_y = grad[block.rows]
+        if out is not None:
+            # As in torch's relu, a NaN output lets its gradient pass.
+            d_y = torch.ops.aten.threshold_backward.default(d_y, out[block.rows], 0)
         d_y = _padded(d_y.to(packed.dtype), width.out_size)
         if needs & NEED_BIAS and block.mask is not None:
             d.g.add_(d_y.masked_fill(block.mask.empty_rows, 0.0).sum((0, 1)))
         d_y = d_y.view(n * f, -1)
         if needs & NEED_BIAS:
             d.b.add_(d_y.sum(0))
-        if needs & NEED_RESIDUAL:
+        if needs & NEED_RESIDUAL and width.residual == PROJECTION:
             d.r.addmm_(rows.t(), d_y)
         if not needs & (NEED_INPUT | NEED_SCORES | NEED_VALUES):
             continue
-        q, w, scale = _attend(block, weights, shift)
-        if needs & NEED_VALUES:
-            z = torch.bmm(w.mT, block.x).mul_(scale.mT)
-            d.m.addmm_(z.view(n * f, -1).t(), d_y)
-        if not needs & (NEED_INPUT | NEED_SCORES):
+        operands = _project(block.x, weights, width)
+        q, k, v = operands
+        w, scale = _attend(block, operands, shift)
+        if needs & NEED_VALUES and width.output != BARE:
+            z = torch.bmm(w.mT, v).mul_(scale.mT)
+            if width.output == MERGED and not width.factored:
+                d.m.view(-1, width.out_size).addmm_(z.view(n * f, -1).t(), d_y)
+            else:
+                d.m.baddbmm_(_by_head(z, width).mT, _outputs_by_head(d_y, width))
+        if not needs & (NEED_INPUT | NEED_SCORES) and not (needs & NEED_VALUES and width.factored):
             continue
-        d_z = torch.mm(d_y, to_z).view(q.shape).mul_(scale.mT)
-        d_scores = torch.bmm(block.x, d_z.mT, out=block.work[1]).mul_(w)
+        d_z = _output_gradients(d_y, weights, width, scale.mT)
+        work = None if block.work[1] is None else block.work[1].view(w.shape)
+        d_scores = torch.bmm(v, d_z.mT, out=work).mul_(w)
         delta = d_scores.sum(1, keepdim=True).mul_(scale)
         d_scores.addcmul_(w, delta, value=-1)
-        d_q = torch.bmm(d_scores.mT, block.x).view(n * f, -1)
-        # So far by natural exponents; those of q are to the base of 2.
-        if needs & NEED_SCORES:
-            d.a.addmm_(rows.t(), d_q, alpha=LN2)
-            d.c.add_(d_q.sum(0), alpha=LN2)
+        # So far by natural exponents; those of q and k are to the base of 2.
+        d_q = torch.bmm(d_scores.mT, k).mul_(LN2)
+        d_rows = None
         if d_x is not None:
-            d_rows = d_x[block.rows] if in_place else torch.empty_like(block.x)
-            torch.mm(d_y, to_x, out=d_rows.view(n * f, e)).addmm_(d_q, to_q, alpha=LN2)
-            d_rows.baddbmm_(w, d_z).baddbmm_(d_scores, q, alpha=LN2)
-            if not in_place:
-                d_x[block.rows] = d_rows[:, :, : layout.emb_size]
+            d_rows = (d_x[block.rows] if in_place else torch.empty_like(block.x)).view(n * f, e)
+            if width.residual == PROJECTION:
+                torch.mm(d_y, weights.r.t(), out=d_rows)
+            elif width.residual == IDENTITY:
+                d_rows.copy_(d_y)
+            else:
+                d_rows.zero_()
+        if not width.factored:
+            if needs & NEED_SCORES:
+                d.a.view(e, -1).addmm_(rows.t(), d_q.view(n * f, -1))
+                d.c.view(-1).add_(d_q.view(n * f, -1).sum(0))
+            if d_rows is not None:
+                d_rows.addmm_(d_q.view(n * f, -1), weights.a.view(e, -1).t())
+                d_rows.view(n, f, e).baddbmm_(w, d_z).baddbmm_(d_scores, q, alpha=LN2)
+        else:
+            for_all = rows.t().expand(h, e, n * f)
+            projections = [(d_q, d.a, weights.a, NEED_SCORES)]
+            if needs & (NEED_INPUT | NEED_SCORES):
+                projections.append((torch.bmm(d_scores, q).mul_(LN2), d.k, weights.k, NEED_SCORES))
+            projections.append((torch.bmm(w, d_z), d.v, weights.v, NEED_VALUES))
+            if needs & NEED_SCORES:
+                d.c.add_(_by_head(d_q, width).sum(1))
+            for d_t, d_weight, weight, needed in projections:
+                by_head = _by_head(d_t, width)
+                if needs & needed:
+                    d_weight.transpose(0, 1).baddbmm_(for_all, by_head)
+                if d_rows is not None:
+                    for i in range(h):
+                        d_rows.addmm_(by_head[i], weight[:, i].t())
+        if d_x is not None and d_rows is not None and not in_place:
+            d_x[block.rows] = d_rows.view(n, f, e)[:, :, : layout.emb_size]
     if not needs & ~NEED_INPUT:
         return d_x, None
     if needs & NEED_BIAS and mask is None:
