@@ -12,7 +12,7 @@ from .validation import check_input
 from .weights import Layout
 
 
-class InteractingLayer(Fused, ReferenceInteractingLayer):
+class InteractingLayer(ReferenceInteractingLayer, Fused):
     """AutoInt's interacting layer, fused: same arguments, parameters, draws and state_dict as the reference.
 
     Args:
