@@ -157,7 +157,9 @@ def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -
     p = interaction.parameters
     merged = None if p.w_o is None else p.w_o.shape[0]
     kind = (p.w_v is not None, interaction.residual, interaction.relu)
-    return _choose_layout(interaction.n_head, *p.w_q.shape, merged, *kind, n_fields, form)
+    # Dynamo warns of a cache that it looks through.
+    choose = _choose_layout.__wrapped__ if torch.compiler.is_compiling() else _choose_layout
+    return choose(interaction.n_head, *p.w_q.shape, merged, *kind, n_fields, form)
 
 
 @functools.lru_cache(maxsize=1024)
