@@ -6,7 +6,6 @@ Everything else in this package is judged by what stands here; it is never the f
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 import torch.nn.functional as nnf
@@ -87,7 +86,6 @@ def _prepare_projection(name: str, projection: nn.Linear) -> None:
 
 
 PROJECTIONS = ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res")
-_hooks_of = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ReferenceInteractingLayer(nn.Module):
@@ -149,7 +147,10 @@ class ReferenceInteractingLayer(nn.Module):
                 compiling
                 or type(projection) is not nn.Linear
                 or len(own) != 2
-                or any(_hooks_of(state))
+                or state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
                 or "forward" in state
             ):
                 _prepare_projection(name, projection)

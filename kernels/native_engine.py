@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import struct
 import threading
@@ -42,7 +43,7 @@ PHASES = ("load", "project", "scores", "exp", "values", "gradients", "store")
 # The fields of a layout as the source calls them.
 LAYOUT_DEFINITIONS = tuple(f"AUTOINT_{name}" for name in ("H", "E", "D", "O", "FACTORED", "OUTPUT", "RESIDUAL", "RELU"))
 
-_FORWARD, _BACKWARD = struct.Struct("22q"), struct.Struct("30q")
+_SHAPE, _FORWARD, _BACKWARD = struct.Struct("9q"), struct.Struct("13q"), struct.Struct("21q")
 _FOLD, _UNFOLD = struct.Struct("10qd21q"), struct.Struct("10qd31q")
 
 
@@ -178,6 +179,7 @@ class _Shape:
 
     def __init__(self, n_fields: int, layout: Layout, dtype: torch.dtype) -> None:
         self.spec = _spec(dtype, n_fields, layout)
+        self.argument = _SHAPE.pack(n_fields, *layout)
         self.operations = _operations(n_fields, layout)
         self.taken = 0.0
         self.building: native_build.Building | None = None
@@ -248,7 +250,9 @@ def _parallel() -> int:
 
 
 def _threads(operations: float) -> int:
-    return min(torch.get_num_threads(), 1 + int(operations / THREAD_OPERATIONS))
+    return (
+        1 if operations < THREAD_OPERATIONS else min(torch.get_num_threads(), 1 + int(operations / THREAD_OPERATIONS))
+    )
 
 
 def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -258,50 +262,43 @@ def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
     return mask.data_ptr(), *strides
 
 
-def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[InteractingParameters], bool]:
+class _Comparison:
+    def __init__(self, copy: InteractingParameters, given: InteractingParameters) -> None:
+        self.given = [t for t in given if t is not None]
+        # Its memory is what is compared with.
+        self.kept = [t for t in copy if t is not None]
+        sizes = [t.numel() * t.element_size() for t in self.kept]
+        addresses = [self.kept[0].data_ptr(), *sizes, *map(Tensor.data_ptr, self.given)]
+        self.argument = struct.pack(f"{len(addresses) + 1}q", len(sizes), *addresses)
+        self.same = _library(copy.w_q.dtype).same
+
+    def __call__(self) -> bool:
+        return all(map(Tensor.is_contiguous, self.given)) and bool(self.same(self.argument))
+
+
+def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]:
     """As `torch_engine.comparison`, byte by byte."""
-    present = [t for t in given if t is not None]
-    kept = [t for t in copy if t is not None]
-    n = len(present)
-    sizes = [t.numel() * t.element_size() for t in kept]
-    addresses = struct.Struct(f"{n}q")
-    then = addresses.pack(*map(Tensor.data_ptr, present))
-    argument = struct.pack(f"{n + 2}q", n, kept[0].data_ptr(), *sizes) + then
-    same = _library(copy.w_q.dtype).same
-
-    def still_same(p: InteractingParameters) -> bool:
-        # Elsewhere they may have another dtype or size.
-        if addresses.pack(*map(Tensor.data_ptr, present)) != then or not all(map(Tensor.is_contiguous, present)):
-            return False
-        return bool(same(argument))
-
-    return still_same
+    return _Comparison(copy, given)
 
 
-def _fold_arguments(
-    p: InteractingParameters, layout: Layout, scale: float, dtype: torch.dtype
-) -> tuple[Any, ...] | None:
-    """What the library's folding takes; None where torch's must do: wide matrices, or another dtype."""
-    if p.w_q.shape[1] > LOOP_WIDTH:
+def _fold_arguments(p: InteractingParameters, layout: Layout, scale: float) -> tuple[Any, ...] | None:
+    """What the library's folding takes; None where torch's must do: for wide matrices."""
+    w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = p
+    if w_q.shape[1] > LOOP_WIDTH:
         return None
-    addresses: list[int] = []
-    strides: list[int] = []
-    for t in p:
-        if t is None:
-            addresses.append(0)
-        elif t.dtype != dtype or t.is_neg() or (t.ndim == 1 and not t.is_contiguous()):
+    nothing = (0, 0)
+    strides = [nothing if w is None else w.stride() for w in (w_q, w_k, w_v, w_o, w_r)]
+    for b in (b_q, b_v, b_o, b_r):
+        if b is not None and not b.is_contiguous():
             return None
-        else:
-            addresses.append(t.data_ptr())
-    for w in p[::2]:
-        strides += (0, 0) if w is None else w.stride()
-    return (1, *layout, p.w_q.shape[0] // layout.n_head, scale, *addresses, *strides)
+    addresses = [0 if t is None else t.data_ptr() for t in p]
+    return (1, *layout, w_q.shape[0] // layout.n_head, scale, *addresses, *itertools.chain(*strides))
 
 
 def fold(p: InteractingParameters, layout: Layout, scale: float) -> Tensor:
     """As `torch_engine.fold`."""
     dtype = p.w_q.dtype
-    arguments = _fold_arguments(p, layout, scale, dtype) if dtype in (torch.float32, torch.float64) else None
+    arguments = _fold_arguments(p, layout, scale) if dtype in (torch.float32, torch.float64) else None
     if arguments is None:
         return torch_engine.fold(p, layout, scale)
     packed = p.w_q.new_empty(layout.numel)
@@ -313,7 +310,7 @@ def fold_backward(
     grad: Tensor, p: InteractingParameters, layout: Layout, scale: float, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """As `torch_engine.fold_backward`."""
-    arguments = _fold_arguments(p, layout, scale, grad.dtype)
+    arguments = _fold_arguments(p, layout, scale) if p.w_q.dtype == grad.dtype else None
     if arguments is None:
         return torch_engine.fold_backward(grad, p, layout, scale, wanted)
     grads = [
@@ -334,8 +331,9 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     shape = _shape(fields, layout, x.dtype)
     operations = batch * shape.operations
     shape.library.forward(
-        _FORWARD.pack(
-            *(fields, *layout, batch, _threads(operations), _parallel()),
+        shape.argument
+        + _FORWARD.pack(
+            *(batch, _threads(operations), _parallel()),
             *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
         )
     )
@@ -359,8 +357,9 @@ def interact_backward(
     groups = -(-batch // shape.library.lanes)
     chunks = max(4, min(64, PARTIAL_BYTES // (layout.numel * packed.element_size())))
     shape.library.backward(
-        _BACKWARD.pack(
-            *(fields, *layout, batch, _threads(operations), _parallel()),
+        shape.argument
+        + _BACKWARD.pack(
+            *(batch, _threads(operations), _parallel()),
             *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask)),
             *(
                 0 if out is None else out.data_ptr(),
@@ -387,15 +386,16 @@ def profile(n_fields: int, layout: Layout, dtype: torch.dtype, batch: int, mode:
     packed = torch.randn(layout.numel, dtype=folded_dtype(dtype)) / e
     x, out = torch.randn(batch, n_fields, e).to(dtype), torch.empty(batch, n_fields, layout.out_size, dtype=dtype)
     grad, d_x, d_packed = torch.randn_like(out), torch.empty_like(x), torch.empty_like(packed)
-    first = (n_fields, *layout, batch, 1, 0, x.data_ptr(), *x.stride(), packed.data_ptr(), 0, 0, 0, 0, out.data_ptr())
+    shape = _SHAPE.pack(n_fields, *layout)
+    first = (batch, 1, 0, x.data_ptr(), *x.stride(), packed.data_ptr(), 0, 0, 0, 0, out.data_ptr())
     last = (grad.data_ptr(), *grad.stride(), d_x.data_ptr(), d_packed.data_ptr(), NEED_INPUT | NEED_WEIGHTS, 1)
     ticks = (ctypes.c_uint64 * len(PHASES))()
     address = ctypes.cast(ctypes.pointer(ticks), ctypes.c_char_p)
-    library.forward(_FORWARD.pack(*first))
+    library.forward(shape + _FORWARD.pack(*first))
     library.profile(address)
     for _ in range(max(3, 4096 // max(batch, 1))):
-        library.forward(_FORWARD.pack(*first))
+        library.forward(shape + _FORWARD.pack(*first))
         if mode != "forward":
-            library.backward(_BACKWARD.pack(*first, *last))
+            library.backward(shape + _BACKWARD.pack(*first, *last))
     library.profile(address)
     return {phase: count / sum(ticks) for phase, count in zip(PHASES, ticks, strict=True)}
