@@ -117,31 +117,54 @@ INLINE Vector broadcast(Real value) { return value - Vector{}; }
 
 INLINE Vector choose(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
 
+#if defined(__AVX512F__) && AUTOINT_LANE_BYTES == 64
+// x rounded to whole numbers, and x 2^exponent, zero where `below` is less than a bound.
+#if AUTOINT_T == 1
+INLINE Vector rounded(Vector x) { return __builtin_ia32_rndscalepd_mask(x, 0, x, -1, 4); }
+INLINE Vector scaled(Vector x, Vector exponent, Vector below, Real bound) {
+    return __builtin_ia32_scalefpd512_mask(x, exponent, Vector{}, __builtin_ia32_cmppd512_mask(below, broadcast(bound), 5, -1, 4), 4);
+}
+#else
+INLINE Vector rounded(Vector x) { return __builtin_ia32_rndscaleps_mask(x, 0, x, -1, 4); }
+INLINE Vector scaled(Vector x, Vector exponent, Vector below, Real bound) {
+    return __builtin_ia32_scalefps512_mask(x, exponent, Vector{}, __builtin_ia32_cmpps512_mask(below, broadcast(bound), 5, -1, 4), 4);
+}
+#endif
+#endif
+
 // 2^x for x <= 0, within 2 ulp (1 where the CPU fuses products and sums); zero below the normal numbers, NaN for NaN.
 INLINE Vector exp2(Vector x) {
 #if AUTOINT_T == 1
     constexpr Real c[] = {0.6931471805599453, 0.24022650695910097, 0.0555041086648216, 0.009618129107606888,
         0.0013333558146416936, 0.0001540353044173605, 1.525273382983612e-05, 1.321544258792169e-06, 1.0178062445845774e-07,
         7.072585949269223e-09, 4.4549605981865186e-10};
-    constexpr Real least = -1022, shift = 6755399441055744.0;
-    constexpr int mantissa = 52;
+    [[maybe_unused]] constexpr Real least = -1022, shift = 6755399441055744.0;
+    [[maybe_unused]] constexpr int mantissa = 52;
 #else
     constexpr Real c[] = {0.69314722539501108653f, 0.24022651084117293574f, 0.055502973141993247575f,
         0.0096180307825051537978f, 0.0013410000966100157069f, 0.00015469731977475548114f};
-    constexpr Real least = -126, shift = 12582912.0f;
-    constexpr int mantissa = 23;
+    [[maybe_unused]] constexpr Real least = -126, shift = 12582912.0f;
+    [[maybe_unused]] constexpr int mantissa = 23;
 #endif
     constexpr int degree = sizeof c / sizeof *c;
+#if defined(__AVX512F__) && AUTOINT_LANE_BYTES == 64
+    Vector whole = rounded(x);
+#else
     // In its last bits x + shift is x rounded to a whole number, ready to be added to an exponent.
-    Vector shifted = x + shift;
-    Vector rest = x - (shifted - shift);
+    Vector shifted = x + shift, whole = shifted - shift;
+#endif
+    Vector rest = x - whole;
     Vector sum = broadcast(c[degree - 1]);
 #pragma GCC unroll 16
     for (int i = degree - 2; i >= 0; --i) sum = sum * rest + c[i];
     sum = sum * rest + Real(1);
+#if defined(__AVX512F__) && AUTOINT_LANE_BYTES == 64
+    return scaled(sum, whole, x, least);
+#else
     // A product, as a NaN that is added to like a whole number may become a number.
     Vector power = (Vector)((Integers)broadcast(1) + ((Integers)shifted << mantissa));
     return choose(x < least, Vector{}, sum * power);
+#endif
 }
 
 // v with lane i in the place of lane i ^ distance.
@@ -254,21 +277,21 @@ INLINE void dispatch(int64_t n, Body&& body) {
     else if constexpr (N > 1) dispatch<N - 1>(n, body);
 }
 
-// body(size, first) for blocks of N and a smaller last one.
+// body(size, first) for blocks of N, and one by one for the rest: smaller blocks hardly gain, and take time to compile.
 template <int N, class Body>
 INLINE void blocks(int64_t n, Body&& body) {
     int64_t i = 0;
     for (; i + N <= n; i += N) body(Size<N>{}, i);
-    if constexpr (N > 1) dispatch<N - 1>(n - i, [&](auto size) { body(size, i); });
+    for (; i < n; ++i) body(Size<1>{}, i);
 }
 
-// body(size, first) for as few blocks of at most ROWS as there can be, none much smaller than the others.
-template <class Body>
+// body(size, first) for as few blocks of at most MOST as there can be, none much smaller than the others.
+template <int MOST = ROWS, class Body>
 INLINE void row_blocks(int64_t n, Body&& body) {
-    int64_t count = (n + ROWS - 1) / ROWS, more = n % count, small = n / count;
+    int64_t count = (n + MOST - 1) / MOST, more = n % count, small = n / count;
     for (int64_t i = 0; i < count; ++i) {
         int64_t first = i * small + (i < more ? i : more);
-        dispatch<ROWS>(small + (i < more), [&](auto size) { body(size, first); });
+        dispatch<MOST>(small + (i < more), [&](auto size) { body(size, first); });
     }
 }
 
@@ -406,7 +429,7 @@ INLINE void load_tile(Vector* tile, int64_t n, int64_t lanes, bool dense, Read r
     }
 }
 
-INLINE void load_samples(Vector* tile, const Tensor& t, int64_t fields, int64_t width, int64_t first, int64_t lanes) {
+SHARED void load_samples(Vector* tile, const Tensor& t, int64_t fields, int64_t width, int64_t first, int64_t lanes) {
     const Element* data = t.data + first * t.sb;
     load_tile(
         tile, fields * width, lanes, t.dense(width),
@@ -416,7 +439,7 @@ INLINE void load_samples(Vector* tile, const Tensor& t, int64_t fields, int64_t 
 
 // tile[0 .. n) to out[lane * stride + ...].
 template <class Number>
-INLINE void store_tile(const Vector* tile, int64_t n, int64_t lanes, Number* out, int64_t stride) {
+SHARED void store_tile(const Vector* tile, int64_t n, int64_t lanes, Number* out, int64_t stride) {
     if (n >= LANES) {
         for (int64_t i = 0; i < n; i += LANES) {
             int64_t from = i + LANES <= n ? i : n - LANES;
@@ -621,6 +644,9 @@ void forward_group(const Forward& call, int64_t first, int64_t lanes) {
 
 // --- one sample, its rows in the lanes -------------------------------------------------------------------------------
 
+// Vectors of rows at a time: enough to keep the arithmetic busy, as keys come as scalars.
+constexpr int FEW_ROWS = 3;
+
 constexpr int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 
 int64_t forward_one_vectors(const Shape& s) {
@@ -642,7 +668,7 @@ void forward_one(const Forward& call, int64_t sample) {
     Real *keys, *values;
     if (s.factored) {
         keys = (Real*)pieces.take(vectors(factor_vectors(s))), values = keys + s.h * s.f * s.d;
-        row_blocks(vectors(s.f), [&](auto size, int64_t block) {
+        row_blocks<FEW_ROWS>(vectors(s.f), [&](auto size, int64_t block) {
             load_rows(size, block);
             auto project_rows = [&](const Real* weights, Real* to) {
                 Vector* projected = pieces.next;
@@ -662,7 +688,7 @@ void forward_one(const Forward& call, int64_t sample) {
         for (int64_t f = 0; f < s.f; ++f)
             for (int64_t e = 0; e < s.e; ++e) keys[f * s.e + e] = to_real(x[f * call.x.sf + e * call.x.se]);
     }
-    row_blocks(vectors(s.f), [&](auto size, int64_t block) {
+    row_blocks<FEW_ROWS>(vectors(s.f), [&](auto size, int64_t block) {
         load_rows(size, block);
         Hidden hidden;
         if (call.mask.data)
