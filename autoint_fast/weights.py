@@ -176,17 +176,27 @@ def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -
 def _choose_layout(
     h: int, rows: int, e: int, merged: int | None, has_values: bool, residual: str, relu: bool, n_fields: int, form: str
 ) -> Layout:
-    d = rows // h
-    # The operations of a head but for a factor 2 F, without and with an output projection.
-    head_out = d if merged is None else merged
-    folded = e * e + 2 * n_fields * e + e * head_out
-    factors = 3 * e * d + 2 * n_fields * d + (0 if merged is None else d * head_out)
-    factored = has_values and (form == "factored" or (form == "auto" and factors < folded))
+    end = (RESIDUALS.index(residual), int(relu))
     # Of concatenated heads only folding leaves something to multiply by: the projection of their values.
-    concatenated = BARE if factored or not has_values else CONCATENATED
-    output = concatenated if merged is None else MERGED
-    o = merged or (rows if has_values else h * e)
-    return Layout(h, e, d if factored else e, o, int(factored), output, RESIDUALS.index(residual), int(relu))
+    output = MERGED if merged is not None else CONCATENATED if has_values else BARE
+    folded = Layout(h, e, e, merged or (rows if has_values else h * e), 0, output, *end)
+    factored = Layout(h, e, rows // h, merged or rows, 1, BARE if merged is None else MERGED, *end)
+    if not has_values or form == "folded":
+        return folded
+    if form == "factored" or operations(factored, n_fields) < operations(folded, n_fields):
+        return factored
+    return folded
+
+
+def operations(layout: Layout, n_fields: int) -> int:
+    """Those of one sample's forward in products of matrices, two for every multiplication and its addition.
+
+    A head takes 2 F E^2 + 4 F^2 E + 2 F E O_h folded, and 6 F E d + 4 F^2 d + 2 F d O_h factored, where the last term
+    is there only with an output projection; a projected residual takes 2 F E O.
+    """
+    h, e, d, o, factored, output, residual, _ = layout
+    projections = (3 if factored else 1) * e * d + (0 if output == BARE else d * layout.head_out)
+    return 2 * n_fields * (h * (projections + 2 * n_fields * d) + (e * o if residual == PROJECTION else 0))
 
 
 def folded_dtype(dtype: torch.dtype) -> torch.dtype:

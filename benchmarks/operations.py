@@ -1,7 +1,7 @@
-"""What the folded layer has to compute, and how fast torch multiplies plain matrices beside it.
+"""What a layer has to compute, and how fast torch multiplies plain matrices beside it.
 
 Counted are the products of matrices, two operations for every multiplication and its addition, per sample with F
-fields, embeddings of E, H heads and an output of width O:
+fields, embeddings of E, H heads and an output of width O. For folded weights and merged heads, others likewise:
 
     forward     q = x A, s = q x^T, z = P x, y = z M               H (2FE² + 2F²E + 2F²E + 2FEO)
                 x R                                                2FEO
@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from autoint_fast.weights import Layout
+from autoint_fast.weights import BARE, PROJECTION, Layout, operations
 
 from .cases import Case
 
@@ -31,23 +31,20 @@ from .cases import Case
 SGEMM_SIZE = 2048
 
 
-def forward(fields: int, layout: Layout) -> int:
-    """Operations of one sample's forward."""
-    n_head, e, o = layout.n_head, layout.emb_size, layout.out_size
-    square, scores, out = 2 * fields * e * e, 2 * fields**2 * e, 2 * fields * e * o
-    return n_head * (square + 2 * scores + out) + out
-
-
 def backward(fields: int, layout: Layout) -> int:
     """Operations of one sample's backward, with what it computes once more."""
-    n_head, e, o = layout.n_head, layout.emb_size, layout.out_size
-    square, scores, out = 2 * fields * e * e, 2 * fields**2 * e, 2 * fields * e * o
-    return n_head * (3 * square + 6 * scores + 2 * out) + 2 * out
+    h, e, d, o = layout[:4]
+    projections = (3 if layout.factored else 1) * 2 * fields * e * d
+    scores = 2 * fields**2 * d
+    outputs = 0 if layout.output == BARE else 2 * fields * d * layout.head_out
+    once_more = projections + scores + (scores if outputs else 0)
+    residual = 2 * fields * e * o if layout.residual == PROJECTION else 0
+    return h * (once_more + 4 * scores + 2 * projections + 2 * outputs) + 2 * residual
 
 
 def count(case: Case) -> int:
     """Operations of one call of the case."""
-    of_sample = forward(case.shape.fields, case.layout)
+    of_sample = operations(case.layout, case.shape.fields)
     if case.training:
         of_sample += backward(case.shape.fields, case.layout)
     return case.batch * of_sample

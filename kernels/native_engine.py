@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..weights import BARE, NEED_INPUT, NEED_WEIGHTS, PROJECTION, InteractingParameters, Layout, folded_dtype
+from ..weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype, operations
 from . import native_build, torch_engine
 from .native_build import Spec
 
@@ -167,20 +167,13 @@ def _library(dtype: torch.dtype) -> _Library:
     return library
 
 
-def _operations(n_fields: int, layout: Layout) -> int:
-    """Of a sample's forward."""
-    h, e, d, o, factored, output, residual, _ = layout
-    projections = (3 if factored else 1) * e * d + (0 if output == BARE else d * layout.head_out)
-    return 2 * n_fields * (h * (projections + 2 * n_fields * d) + (e * o if residual == PROJECTION else 0))
-
-
 class _Shape:
     """The build that serves a shape: the general one, until its own is there."""
 
     def __init__(self, n_fields: int, layout: Layout, dtype: torch.dtype) -> None:
         self.spec = _spec(dtype, n_fields, layout)
         self.argument = _SHAPE.pack(n_fields, *layout)
-        self.operations = _operations(n_fields, layout)
+        self.operations = operations(layout, n_fields)
         self.taken = 0.0
         self.building: native_build.Building | None = None
         own = native_build.find(self.spec)
@@ -282,9 +275,11 @@ def comparison(copy: InteractingParameters, given: InteractingParameters) -> Cal
 
 
 def _fold_arguments(p: InteractingParameters, layout: Layout, scale: float) -> tuple[Any, ...] | None:
-    """What the library's folding takes; None where torch's must do: for wide matrices."""
+    """What the library's folding takes; None where torch's must do: for wide matrices, and negated views."""
     w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = p
     if w_q.shape[1] > LOOP_WIDTH:
+        return None
+    if any(t is not None and t.is_neg() for t in p):
         return None
     nothing = (0, 0)
     strides = [nothing if w is None else w.stride() for w in (w_q, w_k, w_v, w_o, w_r)]

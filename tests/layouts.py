@@ -71,7 +71,7 @@ def describe(layout: Layout) -> str:
 
 def draw_packed(layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random packed weights, of sizes that keep every intermediate near 1."""
-    h, e, d, o = layout[:4]
+    h, e, d = layout[:3]
     scales = (
         1 / math.sqrt(e * d),
         0.3,

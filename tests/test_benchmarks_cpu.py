@@ -61,7 +61,7 @@ def backward_by_hand(grad: Tensor, x: Tensor, packed: Tensor, out: Tensor, layou
 
 
 @pytest.mark.parametrize(
-    ("fields", "layout"), [(39, Layout(2, 16, 16)), (7, Layout(3, 20, 17)), (4, Layout(1, 16, 24))]
+    ("fields", "layout"), [(39, Layout(2, 16, 16, 16)), (7, Layout(3, 20, 20, 17)), (4, Layout(1, 16, 16, 24))]
 )
 def test_operations_are_those_of_the_folded_form(fields: int, layout: Layout) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def test_operations_are_those_of_the_folded_form(fields: int, layout: Layout) ->
     packed = torch.randn(layout.numel, generator=draw, dtype=torch.float64) / 4
     with FlopCounterMode(display=False) as counter:
         out = forward_by_hand(x, packed, layout)
-    assert operations.forward(fields, layout) == counter.get_total_flops()
+    assert operations.operations(layout, fields) == counter.get_total_flops()
     grad = torch.randn(out.shape, generator=draw, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         d_x, d_packed = backward_by_hand(grad, x, packed, out, layout)
@@ -99,7 +99,7 @@ class Native(SimpleNamespace):
     """A native engine: the PyTorch engine, with a note of what was built."""
 
     def __init__(self, *, compiler: bool = True) -> None:
-        names = ("unsupported", "prepare", "unchanged", "fold", "fold_backward", "interact", "interact_backward")
+        names = ("unsupported", "prepare", "comparison", "fold", "fold_backward", "interact", "interact_backward")
         super().__init__(**{name: getattr(torch_engine, name) for name in names})
         self.compiler, self.built = compiler, list[Build]()
 
@@ -132,7 +132,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_shape_is_built_before_it_is_timed(name: str, install: Callable[[Native], Native]) -> None:
     engine = install(Native())
     bout = contestants.set_up(CONTESTANTS[name], TINY)
-    assert engine.built == [(5, Layout(2, 8, 8), torch.float32)]
+    assert engine.built == [(5, Layout(2, 8, 8, 8), torch.float32)]
     assert bout.note == ("" if name == "ours-native" else "takes native")
     assert parity.violation(CONTESTANTS[name], TINY, bout) == ""
 
@@ -199,14 +199,14 @@ def test_the_table(install: Callable[[Native], Native], tmp_path: Path, capsys: 
     assert " ".join(serving[5:15]) == "8,000 us 5,000 us 2,000 us 500 us 16.00 10.00"
     assert " ".join(training[5:13]) == "8.00 ms 5.00 ms 2.00 ms 0.500 ms"
     # A step of half a millisecond, against a product of 2 * 256^3 operations in one.
-    useful = 600 * (operations.forward(7, Layout(2, 16, 16)) + operations.backward(7, Layout(2, 16, 16)))
+    useful = 600 * (operations.operations(Layout(2, 16, 16, 16), 7) + operations.backward(7, Layout(2, 16, 16, 16)))
     assert training[15] == f"{useful / 0.5e-3 / 1e9:.0f}"
     assert training[16] == f"{useful / 0.5e-3 / (2 * 256**3 / 1e-3):.0%}"
     assert "sgemm, 256 square by torch in the same rounds: 33.6 GFLOP/s on 2 threads" in shown
 
     assert asked == [
-        ((7, Layout(2, 16, 16), torch.float32, 1, FORWARD), 2),
-        ((7, Layout(2, 16, 16), torch.float32, 600, TRAINING), 2),
+        ((7, Layout(2, 16, 16, 16), torch.float32, 1, FORWARD), 2),
+        ((7, Layout(2, 16, 16, 16), torch.float32, 600, TRAINING), 2),
     ]
     phases = shown[shown.index("where the native engine's time goes") :].splitlines()
     assert phases[2].split() == ["case", "scores", "exp", "weights"]

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer
-from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters
+from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout
 from tests.cases import BACKENDS, LAYOUTS, MASK_SIZES, Shape, draw_mask, draw_problem
 from tests.numerics import assert_rule, errors, expected_output, state_names
 from tests.suite import DTYPES, NO_SECOND_ORDER, short
@@ -275,6 +275,8 @@ def test_exported_for_training_has_gradients() -> None:
 
 # --- operators, fakes, symbolic shapes --------------------------------------------------------------------
 
+EVERY = (1 << 10) - 1  # of the ten parameters, those that are there
+
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
@@ -283,21 +285,26 @@ def test_opcheck(dtype: torch.dtype, masked: bool) -> None:
     x, p, _, _ = draw_problem(shape, dtype)
     mask = torch.rand(b, 1, f) < 0.4 if masked else None
     ops, everything = torch.ops.autoint_fast, NEED_INPUT | NEED_WEIGHTS
-    packed = ops.fold(list(p), h, "torch")
-    out = ops.interact(x, packed, mask, h, e, "torch", 0)
+    layout, scale = list(Layout(h, e, e, e)), 0.5
+    packed = ops.fold(list(p), EVERY, layout, scale, "torch")
+    out = ops.interact(x, packed, mask, layout, "torch", 0)
     leaf, leaves = x.clone().requires_grad_(), [t.clone().requires_grad_() for t in p]
     differentiable = packed.clone().requires_grad_()
-    torch.library.opcheck(ops.fold.default, (leaves, h, "torch"))
-    torch.library.opcheck(ops.fold.default, (list(p), h, "torch"))
-    torch.library.opcheck(ops.fold_backward.default, (torch.randn_like(packed), list(p), h, "torch", [True] * 10))
+    torch.library.opcheck(ops.fold.default, (leaves, EVERY, layout, scale, "torch"))
+    torch.library.opcheck(ops.fold.default, (list(p), EVERY, layout, scale, "torch"))
+    torch.library.opcheck(
+        ops.fold_backward.default, (torch.randn_like(packed), list(p), EVERY, layout, scale, "torch", [True] * 10)
+    )
     wanted = [True, False] * 5
-    torch.library.opcheck(ops.fold_backward.default, (torch.randn_like(packed), list(p), h, "torch", wanted))
-    torch.library.opcheck(ops.interact.default, (leaf, differentiable, mask, h, e, "torch", everything))
-    torch.library.opcheck(ops.interact.default, (leaf, packed, mask, h, e, "torch", NEED_INPUT))
-    torch.library.opcheck(ops.interact.default, (x, differentiable, mask, h, e, "torch", NEED_WEIGHTS))
+    torch.library.opcheck(
+        ops.fold_backward.default, (torch.randn_like(packed), list(p), EVERY, layout, scale, "torch", wanted)
+    )
+    torch.library.opcheck(ops.interact.default, (leaf, differentiable, mask, layout, "torch", everything))
+    torch.library.opcheck(ops.interact.default, (leaf, packed, mask, layout, "torch", NEED_INPUT))
+    torch.library.opcheck(ops.interact.default, (x, differentiable, mask, layout, "torch", NEED_WEIGHTS))
     for needs in (everything, NEED_INPUT, NEED_WEIGHTS):
         torch.library.opcheck(
-            ops.interact_backward.default, (torch.randn_like(out), x, packed, out, mask, h, "torch", needs)
+            ops.interact_backward.default, (torch.randn_like(out), x, packed, out, mask, layout, "torch", needs)
         )
 
 
@@ -308,14 +315,14 @@ def test_fakes_give_the_strides_that_come(layout: str) -> None:
     x, p, _, _ = draw_problem(shape)
     x, grad = LAYOUTS[layout](x), LAYOUTS[layout](torch.randn(b, f, e))
     p = InteractingParameters(*(t.t().contiguous().t() if t.ndim == 2 else t for t in p))
-    ops = torch.ops.autoint_fast
-    packed = ops.fold(list(p), h, "torch")
-    out = ops.interact(x, packed, None, h, e, "torch", 0)
+    ops, layout, scale = torch.ops.autoint_fast, list(Layout(h, e, e, e)), 0.5
+    packed = ops.fold(list(p), EVERY, layout, scale, "torch")
+    out = ops.interact(x, packed, None, layout, "torch", 0)
     calls = [
-        (ops.fold, (list(p), h, "torch")),
-        (ops.fold_backward, (torch.randn_like(packed), list(p), h, "torch", [True] * 10)),
-        (ops.interact, (x, packed, None, h, e, "torch", 0)),
-        (ops.interact_backward, (grad, x, packed, out, None, h, "torch", NEED_INPUT | NEED_WEIGHTS)),
+        (ops.fold, (list(p), EVERY, layout, scale, "torch")),
+        (ops.fold_backward, (torch.randn_like(packed), list(p), EVERY, layout, scale, "torch", [True] * 10)),
+        (ops.interact, (x, packed, None, layout, "torch", 0)),
+        (ops.interact_backward, (grad, x, packed, out, None, layout, "torch", NEED_INPUT | NEED_WEIGHTS)),
     ]
     for function, arguments in calls:
         real = function(*arguments)

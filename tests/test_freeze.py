@@ -124,8 +124,8 @@ def test_folding_is_skipped() -> None:
         with torch.no_grad(), Multiplications() as counter:
             layer(x)
         counts.append(counter.count)
-    layout = Layout(2, 8, 8)
-    assert counts[0] - counts[1] >= (sum(layout.sizes[:3])) * 8 - layout.sizes[1] * 8
+    layout = Layout(2, 8, 8, 8)
+    assert counts[0] - counts[1] >= (sum(layout.sizes[:5])) * 8 - layout.sizes[1] * 8
 
 
 # --- what carries the frozen state ------------------------------------------------------------------------

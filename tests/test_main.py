@@ -138,7 +138,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
 
 def test_build(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["build", "--fields", "7", "--emb-size", "16", "--heads", "2"]) == 0
-    assert built == [(7, Layout(2, 16, 16), torch.float32)]
+    assert built == [(7, Layout(2, 16, 16, 16), torch.float32)]
     streams = capsys.readouterr()
     assert re.fullmatch(r"7x16x2 in fp32: \d+\.\d s\n  /cache/generic\.so\n  /cache/7\.so\n", streams.out)
     assert not streams.err
@@ -148,7 +148,7 @@ def test_build_combinations(built: Built) -> None:
     shapes = ["--fields", "7", "12", "--emb-size", "8", "16", "--heads", "1", "2"]
     assert command.main(["build", *shapes, "--dtype", "bf16", "fp16", "fp64"]) == 0
     dtypes = (torch.bfloat16, torch.float16, torch.float64)
-    assert built == [(f, Layout(h, e, e), d) for f in (7, 12) for e in (8, 16) for h in (1, 2) for d in dtypes]
+    assert built == [(f, Layout(h, e, e, e), d) for f in (7, 12) for e in (8, 16) for h in (1, 2) for d in dtypes]
 
 
 @pytest.mark.parametrize("fields", ["13", "14", "15"])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoint_fast import InteractingLayer, interacting_reference, op, why
 from autoint_fast.kernels import torch_engine
-from autoint_fast.weights import InteractingParameters, Layout
+from autoint_fast.weights import InteractingParameters, Interaction, Layout
 from tests.cases import BACKENDS, FUSED, Shape, draw_mask, draw_problem
 from tests.numerics import errors, expected_output, layer_of
 from tests.suite import NO_SECOND_ORDER
@@ -302,6 +302,7 @@ def test_torchscript_trace_is_right_for_other_batches_or_refused(backend: str, b
 def test_parameters_as_plain_tensors() -> None:
     """The op's own signature, as another layer would call it: nothing but tensors."""
     x, p, n_head, _ = draw_problem(Shape(3, 5, 4, 2), torch.float64)
-    out = op.interact(x, p, Layout(n_head, 4, 4), None, "torch")
+    interaction = Interaction(InteractingParameters(*p), n_head, 0.5, "projection")
+    out = op.interact(x, interaction, Layout(n_head, 4, 4, 4), None, "torch")
     expected, _ = interacting_reference(x, InteractingParameters(*p), n_head)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)

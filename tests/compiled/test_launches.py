@@ -77,7 +77,7 @@ def mask_of(kind: str, fields: int) -> Tensor | None:
 def forward(shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none") -> tuple[Launch, Config]:
     fields, emb_size, n_head = shape
     dtype, allow_tf32 = PRECISIONS[precision]
-    layout, target = Layout(n_head, emb_size, emb_size), target_of(arch)
+    layout, target = Layout(n_head, emb_size, emb_size, emb_size), target_of(arch)
     x, hidden = meta(BATCH, fields, emb_size, dtype=dtype), mask_of(mask, fields)
     dots = dot_precision(dtype, target, allow_tf32)
     config = forward_config(fields, layout, dots, mask_arguments(hidden, x)[0])
@@ -88,7 +88,7 @@ def forward(shape: tuple[int, int, int], precision: str, arch: str, mask: str = 
 def backward(shape: tuple[int, int, int], precision: str, arch: str, mask: str = "none", needs: int = -1) -> Launch:
     fields, emb_size, n_head = shape
     dtype, allow_tf32 = PRECISIONS[precision]
-    layout, target = Layout(n_head, emb_size, emb_size), target_of(arch)
+    layout, target = Layout(n_head, emb_size, emb_size, emb_size), target_of(arch)
     x, hidden, packed = meta(BATCH, fields, emb_size, dtype=dtype), mask_of(mask, fields), meta(layout.numel)
     config = backward_config(fields, dot_precision(dtype, target, allow_tf32))
     programs = backward_programs(BATCH, layout, config, target)
@@ -189,7 +189,7 @@ def test_gradients_not_needed_cost_nothing(needs: int) -> None:
 def test_small_launches(shape: tuple[int, int, int]) -> None:
     """Folding, unfolding and the reduction: no spill, and no TF32, which would cost the weights their accuracy."""
     _, emb_size, n_head = shape
-    layout = Layout(n_head, emb_size, emb_size)
+    layout = Layout(n_head, emb_size, emb_size, emb_size)
     layer = ReferenceInteractingLayer(n_head, emb_size, device="meta")
     p = InteractingParameters(*(t.detach() for t in layer.interacting_parameters()))
     packed, partial = meta(layout.numel), meta(1000, layout.numel)

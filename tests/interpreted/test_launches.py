@@ -60,7 +60,7 @@ class Case:
     """Folded weights, an input, a mask and a gradient, and what the folded algebra in fp64 makes of them."""
 
     def __init__(self, batch: int, fields: int, emb_size: int, n_head: int, dtype: torch.dtype, mask: str) -> None:
-        self.layout = Layout(n_head, emb_size, emb_size)
+        self.layout = Layout(n_head, emb_size, emb_size, emb_size)
         self.packed = torch.randn(self.layout.numel, dtype=torch.float64).div_(emb_size**0.5).to(dtype)
         self.x = torch.randn(batch, fields, emb_size, dtype=dtype)
         shape = {"keys": (batch, 1, fields), "pairs": (batch, fields, fields)}.get(mask)
