@@ -77,7 +77,7 @@ class _Known:
 class Fused(nn.Module):
     """A layer whose forward is the fused op.
 
-    A subclass gives `interaction`, and calls `fused` with x and a mask.
+    A subclass gives `interaction`, checks what it is called with, and calls `fused`.
 
     Attributes:
         backend: "auto", or the name of the engine to use.
@@ -100,14 +100,22 @@ class Fused(nn.Module):
         return choose_layout(self.interaction(), n_fields, self.form)
 
     def fused(
-        self, x: Tensor, mask: Tensor | None = None, return_attention: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        interaction: Interaction | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, F, E), any mask -> (B, F, O), with `return_attention` also P (B, H, F, F).
+        """x (B, F, E) -> (B, F, O), with `return_attention` also P (B, H, F, F).
 
+        x, mask: as `check_input` and `check_mask` leave them. interaction: where the caller has read it already.
         Raises TypeError or ValueError naming the argument.
         """
         frozen = self._frozen
-        interaction = self.interaction() if frozen is None else frozen.interaction
+        if frozen is not None:
+            interaction = frozen.interaction
+        elif interaction is None:
+            interaction = self.interaction()
         p = interaction.parameters
         inside = dispatch.surroundings()
         known, is_new = frozen, False
@@ -118,12 +126,13 @@ class Fused(nn.Module):
             if known is None or not known.holds(p):
                 check_parameters(interaction, self.parameter_names)
                 known, is_new = _Known(interaction), True
-                self._last = known
         if known is None and frozen is None:
             check_parameters(interaction, self.parameter_names)
-        check_input(x, p.w_q.shape[1])
-        mask = check_mask(mask, x)
+        if x.shape[2] != p.w_q.shape[1]:
+            raise ValueError(f"x: expected the width of the layer's weights, {p.w_q.shape[1]}, got {x.shape[2]}")
         dtype = check_dtype(x, p.w_q)
+        if is_new:
+            self._last = known
         if known is not None:
             layout, backend = known.choose(x.shape[1], dtype, self.backend, self.form)
         else:

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import dispatch
 from .fused import Fused
 from .reference import ReferenceInteractingLayer
+from .validation import check_input, check_mask
 from .weights import Layout
 
 
@@ -55,7 +56,8 @@ class InteractingLayer(ReferenceInteractingLayer, Fused):
 
         Raises TypeError or ValueError naming the argument.
         """
-        return self.fused(x, mask, return_attention)
+        check_input(x, self.emb_size)
+        return self.fused(x, check_mask(mask, x), return_attention)
 
     def layout(self, n_fields: int) -> Layout:
         # The weights need not be read for it, and to fold is always the faster form at this width of a head.

@@ -64,7 +64,8 @@ def check_parameters(interaction: Interaction, names: Sequence[str] = Interactin
     dtype, device = w_q.dtype, w_q.device
     for name, t, shape in zip(names, p, shapes, strict=True):
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != device):
-            raise ValueError(f"{name}: expected a {dtype} tensor of shape {shape} on {device}, got {describe(t)}")
+            expected = f"the shape {shape}, and the dtype and device of the others, {dtype} on {device}"
+            raise ValueError(f"{name}: expected {expected}, got {describe(t)}")
     if residual not in RESIDUALS:
         raise ValueError(f"residual: expected one of {', '.join(RESIDUALS)}, got {residual!r}")
     if (w_r is None) == (residual == "projection") or (w_r is None and p.b_r is not None):

@@ -43,7 +43,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("fp64 runs only in Triton's interpreter")
     elif call.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         reasons.append(f"x is {call.dtype}, not fp32, bf16 or fp16")
-    h, e, o = call.layout
+    h, e, _, o = call.layout[:4]
     if call.n_fields > MAX_FIELDS:
         reasons.append(f"{call.n_fields} fields, more than {MAX_FIELDS}")
     if call.n_fields < 1:
