@@ -119,7 +119,9 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     wide = widest > 2 * BLOCK
     narrow = not wide and max(layout.emb_size, layout.rank) <= BLOCK
     rows = 2 * BLOCK if narrow and n_fields > BLOCK else BLOCK
-    return Config(precision, pack=pack, rows=rows, keys=BLOCK if fp32 and wide else 2 * BLOCK)
+    # Left to itself the compiler settles for fewer registers than projecting keys takes, and spills.
+    maxnreg = 255 if layout.factored else None
+    return Config(precision, pack=pack, rows=rows, keys=BLOCK if fp32 and wide else 2 * BLOCK, maxnreg=maxnreg)
 
 
 def backward_config(n_fields: int, layout: Layout, precision: str) -> Config:

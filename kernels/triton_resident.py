@@ -243,14 +243,14 @@ def forward_resident(
             for k in tl.static_range(nb):
                 _forward_rows(
                     keys_x[k], k * BLOCK + i, keys_x, values, ceilings, bad, heads, r, b, g, weights, mask, out,
-                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER, EXACT,
-                    HOIST,
+                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER,
+                    EXACT, HOIST,
                 )  # fmt: skip
         else:
             for first in tl.range(0, F, BLOCK):
                 x_rows = load_rows(x, first + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                 _forward_rows(
                     x_rows, first + i, keys_x, values, ceilings, bad, heads, r, b, g, weights, mask, out,
-                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER, EXACT,
-                    HOIST,
+                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER,
+                    EXACT, HOIST,
                 )  # fmt: skip

@@ -657,7 +657,7 @@ def _differentiate_keys(
 
 @triton.jit
 def _differentiate_projection(
-    x_rows,  # chunks of E [16, 16]
+    x,
     d_rows,  # where the gradients of a head's keys or values stand, (tile rows, D)
     d_x,  # where to add them as gradients of x, (tile rows, E)
     weights,  # of the head's projection, (E, D) with rows H*D apart
@@ -665,32 +665,41 @@ def _differentiate_projection(
     rows,
     i,
     age,
-    tile_rows: tl.constexpr,
+    tile,
+    batch,
+    x_sb,
+    x_sf,
+    x_se,
+    F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
+    PACK: tl.constexpr,
     NEED_INPUT: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """From y = x w and dy, for a block of rows: dx += dy w^T, dw += x^T dy."""
-    dtype: tl.constexpr = x_rows[0].dtype
+    dtype: tl.constexpr = x.dtype.element_ty
+    acc: tl.constexpr = d_x.dtype.element_ty
+    tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
     d_y = ()
     for j in tl.static_range(0, D, BLOCK):
         inside = (rows[:, None] < tile_rows) & (i[None, :] < D - j)
         d_y_j = tl.load(block_pointers(d_rows, 0, j, rows, i, D), mask=inside, other=0.0)
         d_y = d_y + (d_y_j.to(dtype),)
-    for e in tl.static_range(len(x_rows)):
+    for e in tl.static_range(0, E, BLOCK):
         if NEED_WEIGHTS:
+            x_t = tl.trans(load_rows(x, rows, e, tile, batch, x_sb, x_sf, x_se, F, E, PACK))
             for j in tl.static_range(len(d_y)):
-                d_w = dot(tl.trans(x_rows[e]), d_y[j], tl.zeros((BLOCK, BLOCK), d_x.dtype.element_ty), PRECISION)
-                _add_block(d_weights, d_w, e * BLOCK, j * BLOCK, i, i, H * D, age, E, D)
+                d_w = dot(x_t, d_y[j], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
+                _add_block(d_weights, d_w, e, j * BLOCK, i, i, H * D, age, E, D)
         if NEED_INPUT:
-            d_x_e = tl.zeros((BLOCK, BLOCK), d_x.dtype.element_ty)
+            d_x_e = tl.zeros((BLOCK, BLOCK), acc)
             for j in tl.static_range(len(d_y)):
-                w_t = load_transposed(weights, e * BLOCK, j * BLOCK, i, i, H * D, E, D)
+                w_t = load_transposed(weights, e, j * BLOCK, i, i, H * D, E, D)
                 d_x_e = dot(d_y[j], w_t.to(dtype), d_x_e, PRECISION)
-            _add_block(d_x, d_x_e, 0, e * BLOCK, rows, i, E, 1, tile_rows, E)
+            _add_block(d_x, d_x_e, 0, e, rows, i, E, 1, tile_rows, E)
 
 
 @triton.jit
@@ -876,18 +885,17 @@ def backward(
                         i = tl.arange(0, BLOCK) + (t + first_row) * nought
                         rows = first_row + i
                         age = t - pid + first_row
-                        x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                         at = at_k + h * D
                         if NEED_INPUT or NEED_SCORES:
                             _differentiate_projection(
-                                x_rows, scratch + tile_rows * E, scratch, weights + at, partial + at, rows, i, age,
-                                tile_rows, E, H, D, NEED_INPUT, NEED_SCORES, PRECISION,
+                                x, scratch + tile_rows * E, scratch, weights + at, partial + at, rows, i, age, tile,
+                                batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_SCORES, PRECISION,
                             )  # fmt: skip
+                        at += E * H * D
                         if NEED_INPUT or NEED_VALUES:
-                            at += E * H * D
                             _differentiate_projection(
-                                x_rows, scratch + tile_rows * (E + D), scratch, weights + at, partial + at, rows, i,
-                                age, tile_rows, E, H, D, NEED_INPUT, NEED_VALUES, PRECISION,
+                                x, scratch + tile_rows * (E + D), scratch, weights + at, partial + at, rows, i, age,
+                                tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_VALUES, PRECISION,
                             )  # fmt: skip
                     tl.debug_barrier()
         for first_row in tl.range(0, tile_rows, ROWS):
