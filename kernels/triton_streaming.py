@@ -54,12 +54,11 @@ def _load_chunks(pointer, rows, tile, batch, s_b, s_f, s_e, F: tl.constexpr, WID
 
 @triton.jit
 def _project_keys(
-    x, weights, projected, tile, batch, x_sb, x_sf, x_se, F: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
+    x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys x k and values x v of all heads of a tile into `projected` (PACK, F, 2, H, D), to be read from there."""
     dtype: tl.constexpr = x.dtype.element_ty
-    i = tl.arange(0, BLOCK)
     for first in tl.range(0, BLOCK if PACK > 1 else F, BLOCK):
         x_rows = _load_chunks(x, first + i, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
         offsets, exists = row_offsets(first + i, 0, PACK, F * 2 * H * D, 2 * H * D, F, PACK)
@@ -495,7 +494,8 @@ def forward_streaming(
         projected += tl.cast(tl.program_id(0), tl.int64) * (PACK * F * k_sf)
         for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             tile = tl.cast(t, tl.int64)
-            _project_keys(x, weights, projected, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
+            i = tl.arange(0, BLOCK)
+            _project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
             for first in tl.range(0, tile_rows, ROWS):
                 _forward_rows(
                     x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out,
@@ -774,7 +774,8 @@ def backward(
         tile = tl.cast(t, tl.int64)
         if through_heads or into_values:
             if FACTORED:
-                _project_keys(x, weights, projected, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
+                i = tl.arange(0, BLOCK) + t * nought
+                _project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
             for h in tl.range(H):
                 m_h = AT_M + h * D * HEAD_OUT
                 first_out = 0
@@ -794,14 +795,18 @@ def backward(
                     k_sf = 2 * H * D
                     k_se = 1
                 for first_row in tl.range(0, tile_rows, ROWS):
-                    i = tl.arange(0, BLOCK) + (t + first_row) * nought
+                    turn = t + first_row
+                    if FACTORED or OUTPUT != MERGED:
+                        # The others have registers to spare for addresses that all heads share.
+                        turn += h
+                    i = tl.arange(0, BLOCK) + turn * nought
                     age_of_keys = first_row
                     age_of_rows = h
                     if not FACTORED:
                         age_of_keys = h + first_row
                         age_of_rows = 1
                     age_of_head = t - pid + first_row
-                    rows = first_row + tl.arange(0, ROWS) + t * nought
+                    rows = first_row + tl.arange(0, ROWS) + turn * nought
                     x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                     d_y = _load_output_gradient(
                         grad, out, rows, first_out, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, PACK, RELU, acc
@@ -882,7 +887,7 @@ def backward(
                 if FACTORED:
                     tl.debug_barrier()
                     for first_row in tl.range(0, tile_rows, BLOCK):
-                        i = tl.arange(0, BLOCK) + (t + first_row) * nought
+                        i = tl.arange(0, BLOCK) + (t + h + first_row) * nought
                         rows = first_row + i
                         age = t - pid + first_row
                         at = at_k + h * D
