@@ -183,6 +183,7 @@ def interact_backward(
         backward_launch,
         backward_programs,
         dot_precision,
+        mask_arguments,
         projected_size,
         reduce_launch,
         scratch_size,
@@ -194,7 +195,8 @@ def interact_backward(
         return d_x, torch.zeros_like(packed) if needs & NEED_WEIGHTS else None
     target = _target(x.device)
     if config is None:
-        config = backward_config(fields, layout, dot_precision(x.dtype, target, allow_tf32()))
+        precision = dot_precision(x.dtype, target, allow_tf32())
+        config = backward_config(fields, precision, mask_arguments(mask, x)[0])
     programs = backward_programs(batch, fields, layout, config, target)
     partial = packed.new_empty(programs, layout.numel)
     scratch, projected = packed, x

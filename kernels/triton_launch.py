@@ -119,15 +119,17 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     wide = widest > 2 * BLOCK
     narrow = not wide and max(layout.emb_size, layout.rank) <= BLOCK
     rows = 2 * BLOCK if narrow and n_fields > BLOCK else BLOCK
+    # A mask of pairs takes as many registers as the scores.
+    pressed = mask_kind == MASK_PAIRS or (precision == "tf32x4" and mask_kind != MASK_NONE) or (fp32 and wide)
+    keys = BLOCK if pressed else 2 * BLOCK
     # Left to itself the compiler settles for fewer registers than projecting keys takes, and spills.
-    maxnreg = 255 if layout.factored else None
-    return Config(precision, pack=pack, rows=rows, keys=BLOCK if fp32 and wide else 2 * BLOCK, maxnreg=maxnreg)
+    return Config(precision, pack=pack, rows=rows, keys=keys, maxnreg=255 if layout.factored else None)
 
 
-def backward_config(n_fields: int, layout: Layout, precision: str) -> Config:
+def backward_config(n_fields: int, precision: str, mask_kind: int) -> Config:
     """The backward's cut: with 16 rows there is room for every accumulator without spilling."""
     pack = packed_samples(n_fields)
-    keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK else BLOCK
+    keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.
     return Config(precision, pack=pack, keys=keys, programs_per_sm=8, maxnreg=255)
 

@@ -41,6 +41,7 @@ from autoint_fast.weights import (
     Layout,
 )
 from benchmarks.offline import SHARED_LIMIT, Binary, compile_launch, instructions
+from tests.layouts import describe
 
 # F, and the plain layer's E and H; or F and any layout.
 Shape = tuple[int, int, int] | tuple[int, Layout]
@@ -120,7 +121,7 @@ def backward(shape: Shape, precision: str, arch: str, mask: str = "none", needs:
     dtype, allow_tf32 = PRECISIONS[precision]
     x, hidden, packed = meta(BATCH, fields, layout.emb_size, dtype=dtype), mask_of(mask, fields), meta(layout.numel)
     out = meta(BATCH, fields, layout.out_size, dtype=dtype)
-    config = backward_config(fields, layout, dot_precision(dtype, target, allow_tf32))
+    config = backward_config(fields, dot_precision(dtype, target, allow_tf32), mask_arguments(hidden, x)[0])
     programs = backward_programs(BATCH, fields, layout, config, target)
     partial, scratch = meta(programs, layout.numel), meta(programs, scratch_size(fields, layout, config))
     projected = meta(programs, projected_size(fields, layout, config), dtype=dtype) if layout.factored else x
@@ -190,7 +191,7 @@ def test_other_shapes(direction: str, shape: Shape, precision: str) -> None:
         ("backward", (39, DEEPCTR), "tf32", "none"),
         ("backward", (39, DEEPCTR), "fp32", "none"),
         ("backward", (7, DEEPCTR), "fp32", "none"),
-        ("forward", (39, PAPER), "fp32", "none"),
+        ("forward", (39, PAPER), "bf16", "pairs"),
         ("backward", (39, PAPER), "fp32", "none"),
         ("backward", (7, PAPER), "fp32", "none"),
         ("forward", (39, WIDE), "fp32", "none"),
@@ -199,7 +200,7 @@ def test_other_shapes(direction: str, shape: Shape, precision: str) -> None:
         ("backward", (39, ATTENTION), "bf16", "none"),
         ("backward", (39, ATTENTION), "fp32", "none"),
     ],
-    ids=str,
+    ids=lambda value: f"{value[0]}-{describe(value[1])}" if isinstance(value, tuple) else value,
 )
 def test_other_layouts(direction: str, shape: Shape, precision: str, mask: str) -> None:
     assert_sound(compiled(direction, shape, precision, "sm_90", mask), "sm_90", precision)
@@ -208,12 +209,14 @@ def test_other_layouts(direction: str, shape: Shape, precision: str, mask: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-@pytest.mark.parametrize(
-    "shape", [(f, layout) for layout in (DEEPCTR, PAPER, ATTENTION) for f in (7, 39, 100)], ids=str
-)
+@pytest.mark.parametrize("layout", [DEEPCTR, PAPER, ATTENTION], ids=describe)
+@pytest.mark.parametrize("fields", [7, 39, 100])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_all_of_other_layouts(direction: str, shape: Shape, precision: str, mask: str) -> None:
-    assert_sound(compiled(direction, shape, precision, "sm_90", mask), "sm_90", precision)
+def test_all_of_other_layouts(direction: str, fields: int, layout: Layout, precision: str, mask: str) -> None:
+    """Packed samples with a mask of pairs in full fp32 are short of up to eight registers."""
+    most_stack = 32 if fields == 7 and mask == "pairs" and precision == "fp32" else 0
+    binary = compiled(direction, (fields, layout), precision, "sm_90", mask)
+    assert_sound(binary, "sm_90", precision, most_stack)
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EVERYTHING = NEED_INPUT | NEED_WEIGHTS
 # H, E, width of a head: aligned; wider than the embedding, both odd; O no multiple of 16; several chunks and heads.
 SIZES = ((2, 16, 8), (2, 10, 16), (3, 16, 5), (4, 32, 8))
-# All kinds of the first, and of each other a third, another one each time.
-KINDS = every_kind(*SIZES[0]) + [layout for i, size in enumerate(SIZES[1:]) for layout in every_kind(*size)[i::3]]
+# All kinds of the first, and of the others a fourth, another one each time.
+KINDS = every_kind(*SIZES[0]) + [layout for i, size in enumerate(SIZES[1:]) for layout in every_kind(*size)[i::4]]
 # What libraries have: DeepCTR's, the paper's narrow and wide, one without values, multi-head attention.
 DEEPCTR = Layout(2, 16, 8, 16, 1, BARE, PROJECTION)
 PAPER = Layout(2, 16, 16, 64, 0, CONCATENATED, PROJECTION)
