@@ -9,13 +9,13 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype
+from ..weights import MERGED, NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype
 
 if TYPE_CHECKING:
     from ..dispatch import Call
@@ -43,15 +43,20 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("fp64 runs only in Triton's interpreter")
     elif call.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         reasons.append(f"x is {call.dtype}, not fp32, bf16 or fp16")
-    h, e, _, o = call.layout[:4]
+    layout = call.layout
     if call.n_fields > MAX_FIELDS:
         reasons.append(f"{call.n_fields} fields, more than {MAX_FIELDS}")
     if call.n_fields < 1:
         reasons.append("there are no fields")
-    if max(e, o) > MAX_WIDTH:
-        reasons.append(f"an embedding or output width of {max(e, o)}, more than {MAX_WIDTH}")
-    if h > MAX_HEADS:
-        reasons.append(f"{h} heads, more than {MAX_HEADS}")
+    if layout.emb_size > MAX_WIDTH:
+        reasons.append(f"an embedding size of {layout.emb_size}, more than {MAX_WIDTH}")
+    if layout.factored and layout.rank > MAX_WIDTH:
+        reasons.append(f"heads of width {layout.rank}, more than {MAX_WIDTH}")
+    if layout.head_out > MAX_WIDTH:
+        what = "an output" if layout.output == MERGED else "heads' outputs"
+        reasons.append(f"{what} of width {layout.head_out}, more than {MAX_WIDTH}")
+    if layout.n_head > MAX_HEADS:
+        reasons.append(f"{layout.n_head} heads, more than {MAX_HEADS}")
     if call.inside is not None:
         reasons.append(f"it cannot run inside {call.inside}")
     return reasons
@@ -95,38 +100,45 @@ def allow_tf32() -> bool:
 
 
 def _contiguous(p: InteractingParameters) -> InteractingParameters:
-    return InteractingParameters(*(t.contiguous() for t in p))
+    return InteractingParameters(*(None if t is None else t.contiguous() for t in p))
 
 
-def fold(p: InteractingParameters, layout: Layout) -> Tensor:
+def fold(p: InteractingParameters, layout: Layout, scale: float) -> Tensor:
     """As `torch_engine.fold`, in one launch."""
     from .triton_launch import fold_launch
 
     packed = torch.empty(layout.numel, dtype=folded_dtype(p.w_q.dtype), device=p.w_q.device)
     with _device(packed):
-        fold_launch(_contiguous(p), packed, layout)()
+        fold_launch(_contiguous(p), packed, layout, scale)()
     return packed
 
 
 def fold_backward(
-    grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]
+    grad: Tensor, p: InteractingParameters, layout: Layout, scale: float, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """As `torch_engine.fold_backward`, in one launch."""
     from .triton_launch import unfold_launch
 
     grads = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if want else None
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
         for t, want in zip(p, wanted, strict=True)
     ]
     if any(wanted):
         with _device(grad):
-            unfold_launch(grad, _contiguous(p), grads, layout)()
+            unfold_launch(grad, _contiguous(p), grads, layout, scale)()
     return grads
 
 
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, config: Config | None = None) -> Tensor:
     """As `torch_engine.interact`, in one launch. `config` forces a cut other than the shape's own."""
-    from .triton_launch import dot_precision, forward_config, forward_launch, mask_arguments
+    from .triton_launch import (
+        dot_precision,
+        forward_config,
+        forward_launch,
+        forward_programs,
+        mask_arguments,
+        projected_size,
+    )
 
     batch, fields, _ = x.shape
     out = torch.empty(batch, fields, layout.out_size, dtype=x.dtype, device=x.device)
@@ -136,8 +148,12 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, con
     if config is None:
         precision = dot_precision(x.dtype, target, allow_tf32())
         config = forward_config(fields, layout, precision, mask_arguments(mask, x)[0])
+    projected = x
+    if layout.factored:
+        programs = forward_programs(batch, fields, layout, config, target)
+        projected = x.new_empty(programs, projected_size(fields, layout, config))
     with _device(x):
-        forward_launch(x, packed, mask, out, layout, config, target)()
+        forward_launch(x, packed, mask, out, projected, layout, config, target)()
     return out
 
 
@@ -146,16 +162,16 @@ def prepare(call: Call) -> bool:
     return True
 
 
-def unchanged(p: InteractingParameters, copy: InteractingParameters, layout: Layout) -> bool:
-    """As `torch_engine.unchanged`: one launch folds, while to compare would be to wait for the device."""
-    return False
+def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]:
+    """As `torch_engine.comparison`: one launch folds, while to compare would be to wait for the device."""
+    return lambda: False
 
 
 def interact_backward(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     mask: Tensor | None,
     layout: Layout,
     needs: int,
@@ -167,30 +183,38 @@ def interact_backward(
         backward_launch,
         backward_programs,
         dot_precision,
+        mask_arguments,
+        projected_size,
         reduce_launch,
+        scratch_size,
     )
 
-    batch, fields, emb_size = x.shape
+    batch, fields, _ = x.shape
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
-    if out.numel() == 0:
+    if grad.numel() == 0:
         return d_x, torch.zeros_like(packed) if needs & NEED_WEIGHTS else None
     target = _target(x.device)
     if config is None:
-        config = backward_config(fields, dot_precision(x.dtype, target, allow_tf32()))
-    programs = backward_programs(batch, layout, config, target)
+        precision = dot_precision(x.dtype, target, allow_tf32())
+        config = backward_config(fields, precision, mask_arguments(mask, x)[0])
+    programs = backward_programs(batch, fields, layout, config, target)
     partial = packed.new_empty(programs, layout.numel)
-    tile_rows = fields if config.pack == 1 else 16
-    scratch = packed.new_empty(programs, tile_rows, emb_size) if needs & NEED_INPUT else packed
+    scratch, projected = packed, x
+    if layout.factored or needs & NEED_INPUT:
+        scratch = packed.new_empty(programs, scratch_size(fields, layout, config))
+    if layout.factored:
+        projected = x.new_empty(programs, projected_size(fields, layout, config))
     with _device(x):
         backward_launch(
             grad,
             x,
             packed,
-            out,
+            grad if out is None else out,  # without relu it is not read
             mask,
             x if d_x is None else d_x,
             partial,
             scratch,
+            projected,
             layout,
             needs,
             config,

@@ -6,7 +6,7 @@ kernels (sm_90, Triton 3.9), which tests/compiled holds to.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..weights import (
+    BARE,
     LOG2E,
+    MERGED,
     NEED_BIAS,
     NEED_INPUT,
     NEED_RESIDUAL,
@@ -23,6 +25,7 @@ from ..weights import (
     NEED_VALUES,
     InteractingParameters,
     Layout,
+    Parts,
 )
 from . import triton_fold, triton_resident, triton_streaming
 
@@ -99,27 +102,34 @@ def dot_precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
 
 
 def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
-    """The forward's cut. Resident up to 64 fields of up to 16 columns; wider or longer is streamed."""
+    """The forward's cut. Resident: folded, merged, up to 64 fields of up to 16 columns; the rest is streamed."""
     fp32 = precision != "ieee"
-    if n_fields <= 4 * BLOCK and max(layout.emb_size, layout.out_size) <= BLOCK:
+    pack = packed_samples(n_fields)
+    widest = max(layout.emb_size, layout.rank, layout.head_out)
+    if not layout.factored and layout.output == MERGED and n_fields <= 4 * BLOCK and widest <= BLOCK:
         pressed = fp32 and (n_fields > (3 if precision == "tf32" else 2) * BLOCK or mask_kind != MASK_NONE)
         return Config(
             precision,
             resident=True,
-            pack=packed_samples(n_fields),
+            pack=pack,
             unroll=not fp32 or n_fields <= BLOCK,
             hoist=layout.n_head <= 4 and not pressed,
             maxnreg=255 if fp32 else None,
         )
-    wide = max(layout.emb_size, layout.out_size) > 2 * BLOCK
-    rows = 2 * BLOCK if not wide and layout.emb_size <= BLOCK else BLOCK
-    return Config(precision, rows=rows, keys=BLOCK if fp32 and wide else 2 * BLOCK)
+    wide = widest > 2 * BLOCK
+    narrow = not wide and max(layout.emb_size, layout.rank) <= BLOCK
+    rows = 2 * BLOCK if narrow and n_fields > BLOCK else BLOCK
+    # A mask of pairs takes as many registers as the scores.
+    pressed = mask_kind == MASK_PAIRS or (precision == "tf32x4" and mask_kind != MASK_NONE) or (fp32 and wide)
+    keys = BLOCK if pressed else 2 * BLOCK
+    # Left to itself the compiler settles for fewer registers than projecting keys takes, and spills.
+    return Config(precision, pack=pack, rows=rows, keys=keys, maxnreg=255 if layout.factored else None)
 
 
-def backward_config(n_fields: int, precision: str) -> Config:
+def backward_config(n_fields: int, precision: str, mask_kind: int) -> Config:
     """The backward's cut: with 16 rows there is room for every accumulator without spilling."""
     pack = packed_samples(n_fields)
-    keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK else BLOCK
+    keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.
     return Config(precision, pack=pack, keys=keys, programs_per_sm=8, maxnreg=255)
 
@@ -143,24 +153,89 @@ def _key_blocks(n_fields: int, keys: int) -> tuple[int, dict[str, int]]:
     return n_fields - rest, {"KEYS": keys, "TAIL": max(BLOCK, 1 << (rest - 1).bit_length())}
 
 
-def fold_launch(p: InteractingParameters, packed: Tensor, layout: Layout) -> Launch:
-    """The ten parameters, contiguous, into `packed`."""
-    h, e, o = layout
-    ne, no = -(-e // BLOCK), -(-o // BLOCK)
-    args = (p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.w_o, p.b_o, p.w_r, p.b_r, packed)
-    options = {"E": e, "H": h, "O": o, "SCALE": LOG2E / math.sqrt(e), "num_warps": 1}
-    return Launch(triton_fold.fold, (h * ne * (ne + no) + no,), args, options)
+def _sizes(layout: Layout) -> dict[str, Any]:
+    """What every kernel is told of the packed weights."""
+    starts = _starts(layout)
+    h, e, _, o = layout[:4]
+    return {"E": e, "H": h, "O": o, "RESIDUAL": layout.residual, "AT_R": starts.r, "AT_B": starts.b}
 
 
-def unfold_launch(grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor | None], layout: Layout) -> Launch:
+def _form(layout: Layout) -> dict[str, Any]:
+    """What those are told besides that serve every layout."""
+    form = {"D": layout.rank, "FACTORED": layout.factored, "OUTPUT": layout.output, "HEAD_OUT": layout.head_out}
+    return {**form, "AT_M": _starts(layout).m}
+
+
+def _starts(layout: Layout) -> Parts:
+    """Where the parts begin in the packed buffer."""
+    return Parts(*itertools.accumulate(layout.sizes[:-1], initial=0))
+
+
+def _parameters(p: InteractingParameters) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The parameters with a stand-in for those that are not there, and what folding is told of them."""
+    there = sum(1 << j for j, t in enumerate(p) if t is not None)
+    return tuple(p.w_q if t is None else t for t in p), {"THERE": there}
+
+
+def fold_launch(p: InteractingParameters, packed: Tensor, layout: Layout, scale: float) -> Launch:
+    """The parameters, contiguous, into `packed`."""
+    h, e, d, o = layout[:4]
+    (w_q, b_q, w_k, _, *rest), there = _parameters(p)
+    blocks = h * _blocks(e) * _blocks(d) + _blocks(o)
+    if layout.output != BARE:
+        blocks += h * _blocks(d) * _blocks(layout.head_out)
+    options = {**_sizes(layout), **_form(layout), "WIDTH": w_q.shape[0] // h, "SCALE": LOG2E * scale, **there}
+    return Launch(triton_fold.fold, (blocks,), (w_q, b_q, w_k, *rest, packed), {**options, "num_warps": 1})
+
+
+def unfold_launch(
+    grad: Tensor, p: InteractingParameters, grads: Sequence[Tensor | None], layout: Layout, scale: float
+) -> Launch:
     """The gradient of the packed weights into those of the parameters that are there."""
-    h, e, o = layout
-    ne, no = -(-e // BLOCK), -(-o // BLOCK)
+    h, e, _, o = layout[:4]
+    (w_q, b_q, w_k, _, w_v, b_v, w_o, *_), there = _parameters(p)
+    width = w_q.shape[0] // h
     wanted = sum(1 << j for j, g in enumerate(grads) if g is not None)
     outputs = tuple(grad if g is None else g for g in grads)
-    args = (grad, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.w_o, *outputs)
-    options = {"E": e, "H": h, "O": o, "SCALE": LOG2E / math.sqrt(e), "WANTED": wanted, "num_warps": 1}
-    return Launch(triton_fold.unfold, (h * ne * (3 * ne + no) + no,), args, options)
+    args = (grad, w_q, b_q, w_k, w_v, b_v, w_o, *outputs)
+    blocks = 3 * h * _blocks(width) * _blocks(e) + _blocks(o)
+    if layout.output == MERGED:
+        blocks += h * _blocks(o) * _blocks(width)
+    options = {**_sizes(layout), **_form(layout), "WIDTH": width, "SCALE": LOG2E * scale, **there, "WANTED": wanted}
+    return Launch(triton_fold.unfold, (blocks,), args, {**options, "num_warps": 1})
+
+
+def _blocks(width: int) -> int:
+    return -(-width // BLOCK)
+
+
+def _tile_rows(n_fields: int, config: Config) -> int:
+    return n_fields if config.pack == 1 else BLOCK
+
+
+def projected_size(n_fields: int, layout: Layout, config: Config) -> int:
+    """Elements of a tile's projected keys and values, which a program keeps in memory of its own."""
+    return config.pack * n_fields * 2 * layout.n_head * layout.rank * layout.factored
+
+
+def scratch_size(n_fields: int, layout: Layout, config: Config) -> int:
+    """Elements of the gradients of a tile's x, and of a head's projected keys and values."""
+    return _tile_rows(n_fields, config) * (layout.emb_size + 2 * layout.rank * layout.factored)
+
+
+def _affordable(programs: int, elements: int, target: Target) -> int:
+    """At most `programs`, where each keeps so many elements."""
+    return min(programs, max(PARTIAL_BYTES // (4 * elements), target.multiprocessors))
+
+
+def forward_programs(batch: int, n_fields: int, layout: Layout, config: Config, target: Target) -> int:
+    """How many programs share the forward."""
+    tiles = -(-batch // config.pack)
+    if not config.resident and not layout.factored:
+        tiles *= -(-_tile_rows(n_fields, config) // config.rows)
+    programs = min(tiles, target.multiprocessors * config.programs_per_sm)
+    kept = projected_size(n_fields, layout, config)
+    return _affordable(programs, kept, target) if kept else programs
 
 
 def forward_launch(
@@ -168,35 +243,34 @@ def forward_launch(
     packed: Tensor,
     mask: Tensor | None,
     out: Tensor,
+    projected: Tensor,
     layout: Layout,
     config: Config,
     target: Target,
 ) -> Launch:
-    """x (B, F, E) -> out (B, F, O), contiguous."""
-    h, e, o = layout
+    """x (B, F, E) -> out (B, F, O), contiguous. `projected`: (programs, projected_size), or anything where folded."""
     batch, fields, _ = x.shape
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
-    shape = {"F": fields, "E": e, "H": h, "O": o, "MASK": mask_kind, **_dots(config, x.dtype)}
-    args = (x, packed, mask_tensor, out, batch, *x.stride(), *mask_strides)
+    cut = {"F": fields, "PACK": config.pack, "MASK": mask_kind, "RELU": layout.relu, **_dots(config, x.dtype)}
+    args = (batch, *x.stride(), *mask_strides)
     if config.resident:
-        tiles = -(-batch // config.pack)
-        cut = {"PACK": config.pack, "UNROLL": config.unroll, "HOIST": config.hoist}
+        cut |= {"UNROLL": config.unroll, "HOIST": config.hoist}
         kernel = triton_resident.forward_resident
+        args = (x, packed, mask_tensor, out, *args)
     else:
-        tiles = batch * -(-fields // config.rows)
         key_end, blocks = _key_blocks(fields, config.keys)
-        args += (key_end,)
-        cut = {"ROWS": config.rows, **blocks}
+        cut |= {"ROWS": config.rows, **blocks, **_form(layout)}
         kernel = triton_streaming.forward_streaming
-    grid = (min(tiles, target.multiprocessors * config.programs_per_sm),)
-    return Launch(kernel, grid, args, {**shape, **cut, **config.options(target)})
+        args = (x, packed, mask_tensor, out, projected, *args, key_end)
+    grid = (forward_programs(batch, fields, layout, config, target),)
+    return Launch(kernel, grid, args, {**_sizes(layout), **cut, **config.options(target)})
 
 
-def backward_programs(batch: int, layout: Layout, config: Config, target: Target) -> int:
+def backward_programs(batch: int, n_fields: int, layout: Layout, config: Config, target: Target) -> int:
     """How many programs share the backward, each with a row of partial sums of its own."""
-    rows = max(1, PARTIAL_BYTES // (4 * layout.numel))
-    wanted = min(target.multiprocessors * config.programs_per_sm, max(rows, target.multiprocessors))
-    return min(-(-batch // config.pack), wanted)
+    wanted = target.multiprocessors * config.programs_per_sm
+    kept = layout.numel + projected_size(n_fields, layout, config)
+    return min(-(-batch // config.pack), _affordable(wanted, kept, target))
 
 
 def backward_launch(
@@ -208,31 +282,33 @@ def backward_launch(
     d_x: Tensor,
     partial: Tensor,
     scratch: Tensor,
+    projected: Tensor,
     layout: Layout,
     needs: int,
     config: Config,
     target: Target,
 ) -> Launch:
     """dx (B, F, E), contiguous, and a row of partial sums per program."""
-    h, e, o = layout
     batch, fields, _ = x.shape
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
     key_end, blocks = _key_blocks(fields, config.keys)
     options = {
-        **{"F": fields, "E": e, "H": h, "O": o, "MASK": mask_kind, "PACK": config.pack, "ROWS": config.rows},
+        **{**_sizes(layout), **_form(layout), "RELU": layout.relu},
+        **{"F": fields, "MASK": mask_kind, "PACK": config.pack, "ROWS": config.rows},
         **{**blocks, **_dots(config, x.dtype)},
         **{"NEED_INPUT": bool(needs & NEED_INPUT), **_needed_parts(needs)},
         **config.options(target),
     }
-    tensors = (grad, x, packed, mask_tensor, out, d_x, partial, scratch)
+    tensors = (grad, x, packed, mask_tensor, out, d_x, partial, scratch, projected)
     args = (*tensors, batch, *grad.stride(), *x.stride(), *mask_strides, key_end, 0)
     return Launch(triton_streaming.backward, (partial.shape[0],), args, options)
 
 
 def reduce_launch(partial: Tensor, total: Tensor, layout: Layout, needs: int) -> Launch:
     """The rows of `partial` added up, the parts nobody needs zero."""
-    h, e, o = layout
-    options = {"E": e, "H": h, "O": o, **_needed_parts(needs), "ROWS": 32, "COLUMNS": 64, "num_warps": 4}
+    starts = _starts(layout)
+    options = {"AT_V": starts.v, "AT_R": starts.r, "AT_B": starts.b, "SIZE": layout.numel, **_needed_parts(needs)}
+    options |= {"ROWS": 32, "COLUMNS": 64, "num_warps": 4}
     return Launch(triton_fold.reduce_partial, (-(-layout.numel // 64),), (partial, total, partial.shape[0]), options)
 
 

@@ -11,6 +11,8 @@ import os
 import triton
 import triton.language as tl
 
+from .. import weights
+
 
 def _constant(value):
     """A module constant as kernels may read it: the compiler wants a constexpr, the interpreter a plain number."""
@@ -27,6 +29,13 @@ INF = _constant(float("inf"))
 MASK_NONE = _constant(0)
 MASK_KEYS = _constant(1)
 MASK_PAIRS = _constant(2)
+
+# What becomes of the heads' outputs, and what is added to them.
+MERGED = _constant(weights.MERGED)
+CONCATENATED = _constant(weights.CONCATENATED)
+BARE = _constant(weights.BARE)
+IDENTITY = _constant(weights.IDENTITY)
+PROJECTION = _constant(weights.PROJECTION)
 
 
 @triton.jit

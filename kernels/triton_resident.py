@@ -1,4 +1,5 @@
-"""The forward for short samples (F up to 64, E and O up to 16): x stays on chip as keys and values of every head.
+"""The forward of folded layouts with merged heads for short samples (F up to 64, E and O up to 16): x stays on chip as
+keys and values of every head.
 
 Several samples share a tile for F up to 8.
 """
@@ -8,8 +9,10 @@ import triton.language as tl
 
 from .triton_math import (
     BLOCK,
+    IDENTITY,
     MASK_NONE,
     MASK_PAIRS,
+    PROJECTION,
     as_operand,
     dot,
     finite,
@@ -113,6 +116,8 @@ def _forward_rows(
     E: tl.constexpr,
     H: tl.constexpr,
     O: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
     NB: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
@@ -122,7 +127,11 @@ def _forward_rows(
     HOIST: tl.constexpr,
 ):
     """Every head for one block of rows, and the block's output stored."""
-    y = dot(x_rows, r, tl.broadcast_to(b[None, :], (BLOCK, BLOCK)), PRECISION)
+    y = tl.broadcast_to(b[None, :], (BLOCK, BLOCK))
+    if RESIDUAL == PROJECTION:
+        y = dot(x_rows, r, y, PRECISION)
+    elif RESIDUAL == IDENTITY:
+        y += x_rows.to(y.dtype)
     row_sum = tl.zeros((BLOCK,), y.dtype)
     if MASK == MASK_PAIRS:
         ceilings = ()
@@ -144,15 +153,15 @@ def _forward_rows(
                 x_rows, y, rows, keys_x, values, ceilings, bad, a, c, m,
                 F, NB, PACK, MASK, PRECISION, REORDER, EXACT,
             )  # fmt: skip
-    store_relu(y, row_sum, g, out, rows, 0, tile, batch, F, O, PACK, MASK)
+    store_output(y, row_sum, g, out, rows, 0, tile, batch, F, O, O, PACK, MASK, RELU)
 
 
 @triton.jit
-def store_relu(
-    y, row_sum, g, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, PACK: tl.constexpr,
-    MASK: tl.constexpr,
+def store_output(
+    y, row_sum, g, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr,
+    PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """relu(y) [R, 16] into out (B, F, O), contiguous, from column `first` on; NaN stays NaN.
+    """y [R, 16] or its relu into WIDTH columns of a contiguous (B, F, O), from their column `first` on; NaN stays NaN.
 
     With a mask, g [16] is first added to the rows with a key to see.
     """
@@ -161,9 +170,10 @@ def store_relu(
     o = first + tl.arange(0, BLOCK)
     offsets, exists = row_offsets(rows, tile, batch, F * O, O, F, PACK)
     inside = exists[:, None]
-    if O % BLOCK != 0:
-        inside = inside & (o[None, :] < O)
-    y = tl.where(y < 0.0, 0.0, y)
+    if WIDTH % BLOCK != 0:
+        inside = inside & (o[None, :] < WIDTH)
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)
     tl.store(out + offsets[:, None] + o[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -184,6 +194,10 @@ def forward_resident(
     E: tl.constexpr,
     H: tl.constexpr,
     O: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    AT_R: tl.constexpr,
+    AT_B: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,10 +211,11 @@ def forward_resident(
     acc: tl.constexpr = weights.dtype.element_ty
     nb: tl.constexpr = (F + BLOCK - 1) // BLOCK
     i = tl.arange(0, BLOCK)
-    residual = weights + (E + 1 + O) * H * E
-    r = load_block(residual, 0, 0, i, i, O, E, O).to(dtype)
-    b = load_vector(residual + E * O, 0, i, O)
-    g = load_vector(residual + (E + 1) * O, 0, i, O)
+    r = ()
+    if RESIDUAL == PROJECTION:
+        r = load_block(weights + AT_R, 0, 0, i, i, O, E, O).to(dtype)
+    b = load_vector(weights + AT_B, 0, i, O)
+    g = load_vector(weights + AT_B + O, 0, i, O)
     if MASK == MASK_NONE:
         b += g
     heads = ()
@@ -228,12 +243,14 @@ def forward_resident(
             for k in tl.static_range(nb):
                 _forward_rows(
                     keys_x[k], k * BLOCK + i, keys_x, values, ceilings, bad, heads, r, b, g, weights, mask, out,
-                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, nb, PACK, MASK, PRECISION, REORDER, EXACT, HOIST,
+                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER,
+                    EXACT, HOIST,
                 )  # fmt: skip
         else:
             for first in tl.range(0, F, BLOCK):
                 x_rows = load_rows(x, first + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                 _forward_rows(
                     x_rows, first + i, keys_x, values, ceilings, bad, heads, r, b, g, weights, mask, out,
-                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, nb, PACK, MASK, PRECISION, REORDER, EXACT, HOIST,
+                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER,
+                    EXACT, HOIST,
                 )  # fmt: skip

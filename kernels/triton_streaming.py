@@ -1,17 +1,26 @@
-"""The forward for long samples or wide embeddings, and the backward of every shape.
+"""The forward of every layout that does not stay on chip, and the backward of all.
 
 A block of rows walks over blocks of keys, read from memory (the first-level cache, mostly) as often as they are needed,
-so the registers in use depend on E and O alone. Widths are tuples of 16-column chunks.
+so the registers in use depend on the widths alone. Widths are tuples of 16-column chunks.
+
+Folded, the keys and values are x itself. Factored, a program first projects those of all heads of its tile into a row
+of `projected` of its own, and reads them from there: they are needed once per block of rows. From then on the two forms
+differ in pointers and strides only, `keys_from`, `values_from`, k_sb, k_sf, k_se, and in the tile's number there,
+`key_tile`.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_math import (
+    BARE,
     BLOCK,
+    IDENTITY,
     LN2,
     MASK_NONE,
+    MERGED,
     NEG_INF,
+    PROJECTION,
     as_operand,
     block_pointers,
     dot,
@@ -31,7 +40,7 @@ from .triton_math import (
     row_scale,
     score_start,
 )
-from .triton_resident import store_relu
+from .triton_resident import store_output
 
 
 @triton.jit
@@ -44,6 +53,28 @@ def _load_chunks(pointer, rows, tile, batch, s_b, s_f, s_e, F: tl.constexpr, WID
 
 
 @triton.jit
+def _project_keys(
+    x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, PACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys x k and values x v of all heads of a tile into `projected` (PACK, F, 2, H, D), to be read from there."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    for first in tl.range(0, BLOCK if PACK > 1 else F, BLOCK):
+        x_rows = _load_chunks(x, first + i, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+        offsets, exists = row_offsets(first + i, 0, PACK, F * 2 * H * D, 2 * H * D, F, PACK)
+        for part in tl.static_range(2):
+            for column in tl.range(0, H * D, BLOCK):
+                y = tl.zeros((BLOCK, BLOCK), weights.dtype.element_ty)
+                for e in tl.static_range(len(x_rows)):
+                    of_part = weights + (E + 1 + part * E) * H * D
+                    w = load_block(of_part, e * BLOCK, column, i, i, H * D, E, H * D)
+                    y = dot(x_rows[e], w.to(dtype), y, PRECISION)
+                pointers = projected + offsets[:, None] + (i[None, :] + part * H * D + column)
+                tl.store(pointers, y.to(dtype), mask=exists[:, None] & (i[None, :] < H * D - column))
+    tl.debug_barrier()
+
+
+@triton.jit
 def _queries(
     x_rows,  # chunks of E [R, 16]
     weights,
@@ -51,19 +82,20 @@ def _queries(
     i,  # 0 to 15
     E: tl.constexpr,
     H: tl.constexpr,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
 ):
-    """q_h = x A_h + c_h as chunks [R, 16], each ready to be the left operand of a dot."""
+    """q_h = x A_h + c_h as chunks of D [R, 16], each ready to be the left operand of a dot."""
     n_rows: tl.constexpr = x_rows[0].shape[0]
     dtype: tl.constexpr = x_rows[0].dtype
     columns = restoring(i, REORDER)
     q = ()
-    for j in tl.static_range(0, E, BLOCK):
-        c = load_vector(weights + E * H * E + h * E, j, columns, E)
+    for j in tl.static_range(0, D, BLOCK):
+        c = load_vector(weights + E * H * D + h * D, j, columns, D)
         q_j = tl.broadcast_to(c[None, :], (n_rows, BLOCK))
         for e in tl.static_range(len(x_rows)):
-            a = load_block(weights + h * E, e * BLOCK, j, i, columns, H * E, E, E)
+            a = load_block(weights + h * D, e * BLOCK, j, i, columns, H * D, E, D)
             q_j = dot(x_rows[e], a.to(dtype), q_j, PRECISION)
         q = q + (as_operand(q_j.to(dtype), REORDER),)
     return q
@@ -71,70 +103,73 @@ def _queries(
 
 @triton.jit
 def _scores(
-    left,  # chunks of E [R, 16]
-    x_keys,  # chunks of E [K, 16]
+    left,  # chunks of D [R, 16]
+    right,  # chunks of D [K, 16]
     start,  # [R, K]
     PRECISION: tl.constexpr,
 ):
-    """start + left x^T. [R, K]"""
+    """start + left right^T. [R, K]"""
     for i in tl.static_range(len(left)):
-        start = dot(left[i], tl.trans(x_keys[i]), start, PRECISION)
+        start = dot(left[i], tl.trans(right[i]), start, PRECISION)
     return start
 
 
 @triton.jit
 def _weighted(
     weighting,  # [R, K], ready to be a left operand
-    values,  # chunks of E [K, 16], in the order of its columns
-    start,  # chunks of E [R, 16]
+    ordered,  # chunks of D [K, 16], in the order of its columns
+    start,  # chunks of D [R, 16]
     PRECISION: tl.constexpr,
 ):
-    """start + weighting x, chunk by chunk."""
+    """start + weighting ordered, chunk by chunk."""
     sums = ()
-    for i in tl.static_range(len(values)):
-        sums = sums + (dot(weighting, values[i], start[i], PRECISION),)
+    for i in tl.static_range(len(ordered)):
+        sums = sums + (dot(weighting, ordered[i], start[i], PRECISION),)
     return sums
 
 
 @triton.jit
 def _load_keys(
-    x, first, tile, batch, x_sb, x_sf, x_se, F: tl.constexpr, E: tl.constexpr, KEYS: tl.constexpr,
+    pointer, first, tile, batch, s_b, s_f, s_e, F: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
     PACK: tl.constexpr, REORDER: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a block of keys, as keys, and as values in the order `reordered`: chunks of E [K, 16]."""
+    """The rows of a block of keys or values, and the same, finite, in the order `reordered`: chunks of D [K, 16]."""
     k = tl.arange(0, KEYS)
-    x_keys = _load_chunks(x, first + k, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-    ordered = x_keys
+    natural = _load_chunks(pointer, first + k, tile, batch, s_b, s_f, s_e, F, D, PACK)
+    ordered = natural
     if REORDER:
-        ordered = _load_chunks(x, first + reordered(k, REORDER), tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-    values = ()
+        ordered = _load_chunks(pointer, first + reordered(k, REORDER), tile, batch, s_b, s_f, s_e, F, D, PACK)
+    clean = ()
     for i in tl.static_range(len(ordered)):
-        values = values + (finite(ordered[i], PACK, ACC),)
-    return x_keys, values
+        clean = clean + (finite(ordered[i], PACK, ACC),)
+    return natural, clean
 
 
 @triton.jit
 def _attend_keys(
     q,
-    d_z,  # chunks of E [R, 16] in a backward, else ()
+    d_z,  # chunks of D [R, 16] in a backward, else ()
     row_max,  # [R] so far
     row_sum,
     delta,
-    z,  # chunks of E [R, 16]
+    z,  # chunks of D [R, 16]
     first,
     rows,
-    x,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
     mask,
     tile,
     batch,
-    x_sb,
-    x_sf,
-    x_se,
     m_sb,
     m_sq,
     m_sk,
     F: tl.constexpr,
-    E: tl.constexpr,
+    D: tl.constexpr,
+    FACTORED: tl.constexpr,
     KEYS: tl.constexpr,
     FULL: tl.constexpr,
     PACK: tl.constexpr,
@@ -144,11 +179,16 @@ def _attend_keys(
 ):
     """One step of the online softmax, over the keys from `first` on."""
     acc: tl.constexpr = z[0].dtype
-    keys = first + tl.arange(0, KEYS)
-    x_keys, values = _load_keys(x, first, tile, batch, x_sb, x_sf, x_se, F, E, KEYS, PACK, REORDER, acc)
-    s = _scores(q, x_keys, score_start(rows, keys, F, PACK, FULL, acc), PRECISION)
-    ceiling = load_ceiling(mask, rows, keys, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-    s = hide(s, ceiling, rows, keys, F, PACK, MASK)
+    fields = first + tl.arange(0, KEYS)
+    keys, ordered = _load_keys(keys_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc)
+    values = keys
+    if FACTORED:
+        values, ordered = _load_keys(
+            values_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc
+        )
+    s = _scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION)
+    ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
+    s = hide(s, ceiling, rows, fields, F, PACK, MASK)
     new_max = tl.maximum(row_max, tl.max(s, 1))
     reference = row_reference(new_max, MASK)
     p = tl.exp2(s - reference[:, None])
@@ -156,11 +196,11 @@ def _attend_keys(
     decayed = ()
     for i in tl.static_range(len(z)):
         decayed = decayed + (z[i] * decay[:, None],)
-    z = _weighted(as_operand(p.to(q[0].dtype), REORDER), values, decayed, PRECISION)
+    z = _weighted(as_operand(p.to(q[0].dtype), REORDER), ordered, decayed, PRECISION)
     if len(d_z) > 0:
-        d_p = _scores(d_z, x_keys, tl.zeros((q[0].shape[0], KEYS), acc), PRECISION)
+        d_p = _scores(d_z, values, tl.zeros((q[0].shape[0], KEYS), acc), PRECISION)
         if PACK > 1:
-            d_p = tl.where(own_keys(rows, keys, F, PACK), d_p, 0.0)
+            d_p = tl.where(own_keys(rows, fields, F, PACK), d_p, 0.0)
         delta = delta * decay + tl.sum(p * d_p, 1)
     return new_max, row_sum * decay + tl.sum(p, 1), delta, z
 
@@ -170,19 +210,22 @@ def _attend(
     q,
     d_z,
     rows,
-    x,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
     mask,
     tile,
     batch,
-    x_sb,
-    x_sf,
-    x_se,
     m_sb,
     m_sq,
     m_sk,
     key_end,
     F: tl.constexpr,
-    E: tl.constexpr,
+    D: tl.constexpr,
+    FACTORED: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
     PACK: tl.constexpr,
@@ -193,7 +236,7 @@ def _attend(
     ACC: tl.constexpr,
 ):
     """Over every key: what was subtracted from the scores, the rows' sums and their reciprocals, and, given dz,
-    delta = sum over keys of P dP [R]; and z = P x.
+    delta = sum over keys of P dP [R]; and z = P values.
 
     delta comes from the very dP that it is subtracted from, so a row with a single key has a gradient of exactly zero.
     Keys up to `key_end` come in blocks of KEYS; the rest, at least one, in a last block of TAIL.
@@ -207,18 +250,202 @@ def _attend(
         z = z + (tl.zeros((n_rows, BLOCK), ACC),)
     for first in tl.range(0, key_end, KEYS):
         row_max, row_sum, delta, z = _attend_keys(
-            q, d_z, row_max, row_sum, delta, z, first, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
-            F, E, KEYS, True, PACK, MASK, PRECISION, REORDER,
+            q, d_z, row_max, row_sum, delta, z, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask,
+            tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, True, PACK, MASK, PRECISION, REORDER,
         )  # fmt: skip
     row_max, row_sum, delta, z = _attend_keys(
-        q, d_z, row_max, row_sum, delta, z, key_end, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq,
-        m_sk, F, E, TAIL, False, PACK, MASK, PRECISION, REORDER,
+        q, d_z, row_max, row_sum, delta, z, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask,
+        tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, False, PACK, MASK, PRECISION, REORDER,
     )  # fmt: skip
     scale = row_scale(row_sum, MASK, EXACT)
     scaled = ()
     for i in tl.static_range(len(z)):
         scaled = scaled + (z[i] * scale[:, None],)
+    if PACK > 1:
+        own_values = _load_chunks(values_from, rows, key_tile, batch, k_sb, k_sf, k_se, F, D, PACK)
+        bad = tl.zeros((BLOCK,), ACC)
+        for i in tl.static_range(len(own_values)):
+            bad += poison(own_values[i], PACK, ACC)
+        spoilt = ()
+        for i in tl.static_range(len(scaled)):
+            spoilt = spoilt + (scaled[i] + bad[:, None],)
+        scaled = spoilt
     return row_reference(row_max, MASK), row_sum, scale, delta * scale, scaled
+
+
+@triton.jit
+def _start_output(
+    x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, first, F: tl.constexpr, E: tl.constexpr,
+    O: tl.constexpr, RESIDUAL: tl.constexpr, HEAD_OUT: tl.constexpr, AT_R: tl.constexpr, AT_B: tl.constexpr,
+    PACK: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All but the heads of the output's columns from `first` on, chunks of HEAD_OUT [R, 16]; g only without a mask."""
+    i = tl.arange(0, BLOCK)
+    n_rows: tl.constexpr = x_rows[0].shape[0]
+    y = ()
+    for o in tl.static_range(0, HEAD_OUT, BLOCK):
+        b = load_vector(weights + AT_B + first, o, i, HEAD_OUT)
+        if MASK == MASK_NONE:
+            b += load_vector(weights + AT_B + O + first, o, i, HEAD_OUT)
+        y_o = tl.broadcast_to(b[None, :], (n_rows, BLOCK))
+        if RESIDUAL == PROJECTION:
+            for e in tl.static_range(len(x_rows)):
+                r = load_block(weights + AT_R + first, e * BLOCK, o, i, i, O, E, HEAD_OUT)
+                y_o = dot(x_rows[e], r.to(x_rows[e].dtype), y_o, PRECISION)
+        elif RESIDUAL == IDENTITY:
+            columns = x + tl.cast(first, tl.int64) * x_se
+            y_o += load_rows(columns, rows, o, tile, batch, x_sb, x_sf, x_se, F, HEAD_OUT, PACK).to(y_o.dtype)
+        y = y + (y_o,)
+    return y
+
+
+@triton.jit
+def _add_head(
+    y,  # chunks of HEAD_OUT [R, 16]
+    x_rows,
+    h,
+    rows,
+    weights,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
+    mask,
+    tile,
+    batch,
+    m_sb,
+    m_sq,
+    m_sk,
+    key_end,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    FACTORED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    HEAD_OUT: tl.constexpr,
+    AT_M: tl.constexpr,
+    PACK: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
+    EXACT: tl.constexpr,
+    KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """y + z_h m_h, or y + z_h, and the rows' sums of exponentials (0: every key hidden)."""
+    dtype: tl.constexpr = x_rows[0].dtype
+    i = tl.arange(0, BLOCK)
+    if FACTORED:
+        keys_from += h * D
+        values_from += h * D
+    q = _queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER)
+    _, row_sum, _, _, z = _attend(
+        q, (), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk, key_end,
+        F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype,
+    )  # fmt: skip
+    if OUTPUT == BARE:
+        added = ()
+        for o in tl.static_range(len(y)):
+            added = added + (y[o] + z[o],)
+        y = added
+    else:
+        m_h = weights + AT_M + h * D * HEAD_OUT
+        for e in tl.static_range(len(z)):
+            z_e = as_operand(z[e].to(dtype), REORDER)
+            added = ()
+            for o in tl.static_range(len(y)):
+                m = load_block(m_h, e * BLOCK, o * BLOCK, reordered(i, REORDER), i, HEAD_OUT, D, HEAD_OUT)
+                added = added + (dot(z_e, m.to(dtype), y[o], PRECISION),)
+            y = added
+    return y, row_sum
+
+
+@triton.jit
+def _store_columns(
+    y, row_sum, weights, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, HEAD_OUT: tl.constexpr,
+    AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """The output's columns from `first` on, finished and stored."""
+    i = tl.arange(0, BLOCK)
+    for o in tl.static_range(len(y)):
+        g = load_vector(weights + AT_B + O + first, o * BLOCK, i, HEAD_OUT)
+        store_output(y[o], row_sum, g, out + first, rows, o * BLOCK, tile, batch, F, O, HEAD_OUT, PACK, MASK, RELU)
+
+
+@triton.jit
+def _forward_rows(
+    x,
+    weights,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
+    mask,
+    out,
+    rows,
+    tile,
+    batch,
+    x_sb,
+    x_sf,
+    x_se,
+    m_sb,
+    m_sq,
+    m_sk,
+    key_end,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    O: tl.constexpr,
+    FACTORED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    HEAD_OUT: tl.constexpr,
+    AT_M: tl.constexpr,
+    AT_R: tl.constexpr,
+    AT_B: tl.constexpr,
+    PACK: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
+    EXACT: tl.constexpr,
+    KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Every head for one block of rows, stored at the end, or head by head where each has columns of its own."""
+    x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+    if OUTPUT == MERGED:
+        y = _start_output(
+            x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, 0,
+            F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION,
+        )  # fmt: skip
+        row_sum = tl.zeros((rows.shape[0],), y[0].dtype)
+        for h in tl.range(H):
+            y, row_sum = _add_head(
+                y, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
+                EXACT, KEYS, TAIL,
+            )  # fmt: skip
+        _store_columns(y, row_sum, weights, out, rows, 0, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU)
+    else:
+        for h in tl.range(H):
+            first = h * HEAD_OUT
+            y = _start_output(
+                x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, first,
+                F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION,
+            )  # fmt: skip
+            y, row_sum = _add_head(
+                y, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
+                EXACT, KEYS, TAIL,
+            )  # fmt: skip
+            _store_columns(y, row_sum, weights, out, rows, first, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU)
 
 
 @triton.jit
@@ -227,6 +454,7 @@ def forward_streaming(
     weights,  # packed, fp32 or fp64
     mask,  # bool, strides 0 where it broadcasts; anything where MASK is MASK_NONE
     out,  # (B, F, O), contiguous
+    projected,  # (programs, PACK, F, 2, H, D); anything where folded
     batch,
     x_sb,
     x_sf,
@@ -238,7 +466,17 @@ def forward_streaming(
     F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
+    D: tl.constexpr,
     O: tl.constexpr,
+    FACTORED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    HEAD_OUT: tl.constexpr,
+    AT_M: tl.constexpr,
+    AT_R: tl.constexpr,
+    AT_B: tl.constexpr,
+    PACK: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
@@ -247,50 +485,40 @@ def forward_streaming(
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Each program walks over pairs of a sample and a block of ROWS rows."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    acc: tl.constexpr = weights.dtype.element_ty
-    row_blocks: tl.constexpr = (F + ROWS - 1) // ROWS
-    residual = weights + (E + 1 + O) * H * E
-    i = tl.arange(0, BLOCK)
-    for t in tl.range(tl.program_id(0), batch * row_blocks, tl.num_programs(0)):
-        tile = tl.cast(t // row_blocks, tl.int64)
-        rows = t % row_blocks * ROWS + tl.arange(0, ROWS)
-        x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, 1)
-        y = ()
-        for o in tl.static_range(0, O, BLOCK):
-            b = load_vector(residual + E * O, o, i, O)
-            if MASK == MASK_NONE:
-                b += load_vector(residual + (E + 1) * O, o, i, O)
-            y_o = tl.broadcast_to(b[None, :], (ROWS, BLOCK))
-            for e in tl.static_range(len(x_rows)):
-                r = load_block(residual, e * BLOCK, o, i, i, O, E, O).to(dtype)
-                y_o = dot(x_rows[e], r, y_o, PRECISION)
-            y = y + (y_o,)
-        row_sum = tl.zeros((ROWS,), acc)
-        for h in tl.range(H):
-            q = _queries(x_rows, weights, h, i, E, H, PRECISION, REORDER)
-            _, row_sum, _, _, z = _attend(
-                q, (), rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
-                F, E, KEYS, TAIL, 1, MASK, PRECISION, REORDER, EXACT, acc,
+    """Each program walks over pairs of a tile and a block of ROWS rows; factored, over tiles."""
+    tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
+    row_blocks: tl.constexpr = (tile_rows + ROWS - 1) // ROWS
+    tiles = (batch + PACK - 1) // PACK
+    if FACTORED:
+        k_sf: tl.constexpr = 2 * H * D
+        projected += tl.cast(tl.program_id(0), tl.int64) * (PACK * F * k_sf)
+        for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            tile = tl.cast(t, tl.int64)
+            i = tl.arange(0, BLOCK)
+            _project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
+            for first in tl.range(0, tile_rows, ROWS):
+                _forward_rows(
+                    x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out,
+                    first + tl.arange(0, ROWS), tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
+                    F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION,
+                    REORDER, EXACT, KEYS, TAIL,
+                )  # fmt: skip
+            tl.debug_barrier()
+    else:
+        for t in tl.range(tl.program_id(0), tiles * row_blocks, tl.num_programs(0)):
+            tile = tl.cast(t // row_blocks, tl.int64)
+            _forward_rows(
+                x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, t % row_blocks * ROWS + tl.arange(0, ROWS),
+                tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL,
+                RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, KEYS, TAIL,
             )  # fmt: skip
-            values = weights + (E + 1) * H * E + h * E * O
-            for e in tl.static_range(len(z)):
-                z_e = as_operand(z[e].to(dtype), REORDER)
-                added = ()
-                for o in tl.static_range(len(y)):
-                    m = load_block(values, e * BLOCK, o * BLOCK, reordered(i, REORDER), i, O, E, O)
-                    added = added + (dot(z_e, m.to(dtype), y[o], PRECISION),)
-                y = added
-        for o in tl.static_range(len(y)):
-            g = load_vector(residual + (E + 1) * O, o * BLOCK, i, O)
-            store_relu(y[o], row_sum, g, out, rows, o * BLOCK, tile, batch, F, O, 1, MASK)
 
 
 # --- the backward -----------------------------------------------------------------------------------------------
 # Weight gradients: a program adds up what its samples give in a row of `partial` of its own, in a fixed order; the
 # rows are added up by another launch. Input gradients: rows and keys of a block give to different rows of dx, so a
-# program adds them up in fp32 in a row of `scratch` of its own, and rounds once. Both stay in the second-level cache.
+# program adds them up in fp32 in a row of `scratch` of its own, and rounds once; factored, it first adds up there what
+# a head's keys and values are due, and takes it back through the projections once. Both stay in the second-level cache.
 
 
 @triton.jit
@@ -312,15 +540,21 @@ def _add_vector(pointer, vector, first, i, age, SIZE: tl.constexpr):
 
 @triton.jit
 def _load_output_gradient(
-    grad, out, rows, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr, PACK: tl.constexpr,
-    ACC: tl.constexpr,
+    grad, out, rows, first, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr,
+    PACK: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dy = grad where the relu let it pass, as chunks of O [R, 16]. As in torch, a NaN lets it pass."""
+    """dy = grad where the relu let it pass, its columns from `first` on as chunks of WIDTH [R, 16].
+
+    As in torch, a NaN lets it pass.
+    """
     d_y = ()
-    for o in tl.static_range(0, O, BLOCK):
-        g = load_rows(grad, rows, o, tile, batch, d_sb, d_sf, d_so, F, O, PACK)
-        y = load_rows(out, rows, o, tile, batch, F * O, O, 1, F, O, PACK)
-        d_y = d_y + (tl.where(y.to(ACC) <= 0.0, 0.0, g).to(g.dtype),)
+    for o in tl.static_range(0, WIDTH, BLOCK):
+        columns = grad + tl.cast(first, tl.int64) * d_so
+        g = load_rows(columns, rows, o, tile, batch, d_sb, d_sf, d_so, F, WIDTH, PACK)
+        if RELU:
+            y = load_rows(out + first, rows, o, tile, batch, F * O, O, 1, F, WIDTH, PACK)
+            g = tl.where(y.to(ACC) <= 0.0, 0.0, g).to(g.dtype)
+        d_y = d_y + (g,)
     return d_y
 
 
@@ -341,11 +575,11 @@ def _sees_a_key(
 
 @triton.jit
 def _differentiate_keys(
-    q,  # chunks of E [R, 16]
+    q,  # chunks of D [R, 16]
     q_right,  # the same, finite
-    d_z,  # chunks of E [R, 16]
+    d_z,  # chunks of D [R, 16]
     d_z_right,
-    d_q,  # chunks of E [R, 16], so far
+    d_q,  # chunks of D [R, 16], so far
     reference,  # [R]
     scale,
     delta,
@@ -353,52 +587,119 @@ def _differentiate_keys(
     rows,
     age,
     scratch,
-    x,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
     mask,
     tile,
     batch,
-    x_sb,
-    x_sf,
-    x_se,
     m_sb,
     m_sq,
     m_sk,
     F: tl.constexpr,
     E: tl.constexpr,
+    D: tl.constexpr,
+    FACTORED: tl.constexpr,
     KEYS: tl.constexpr,
     FULL: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
     NEED_INPUT: tl.constexpr,
+    NEED_SCORES: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
 ):
-    """P, dP and dS over the keys from `first` on: dq += dS x, and P^T dz + dS^T q into the keys' rows of scratch."""
+    """P, dP and dS over the keys from `first` on: dq += dS keys; and what the keys, dS^T q, and the values, P^T dz, are
+    due, into their rows of scratch: of dx, or factored of dkeys and dvalues."""
     dtype: tl.constexpr = q[0].dtype
     acc: tl.constexpr = d_q[0].dtype
     n_rows: tl.constexpr = q[0].shape[0]
-    keys = first + tl.arange(0, KEYS)
-    x_keys, values = _load_keys(x, first, tile, batch, x_sb, x_sf, x_se, F, E, KEYS, PACK, REORDER, acc)
-    s = _scores(q, x_keys, score_start(rows, keys, F, PACK, FULL, acc), PRECISION)
-    ceiling = load_ceiling(mask, rows, keys, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-    s = hide(s, ceiling, rows, keys, F, PACK, MASK)
+    tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
+    fields = first + tl.arange(0, KEYS)
+    keys, ordered = _load_keys(keys_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc)
+    values = keys
+    if FACTORED:
+        values = _load_chunks(values_from, fields, key_tile, batch, k_sb, k_sf, k_se, F, D, PACK)
+    s = _scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION)
+    ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
+    s = hide(s, ceiling, rows, fields, F, PACK, MASK)
     p = tl.exp2(s - reference[:, None]) * scale[:, None]
-    d_p = _scores(d_z, x_keys, tl.zeros((n_rows, KEYS), acc), PRECISION)
+    d_p = _scores(d_z, values, tl.zeros((n_rows, KEYS), acc), PRECISION)
     d_s = p * (d_p - delta[:, None]) * tl.full((1, 1), LN2, acc)
     if PACK > 1:
         # Between samples both are zero, but for rows that are NaN throughout.
-        own = own_keys(rows, keys, F, PACK)
+        own = own_keys(rows, fields, F, PACK)
         p = tl.where(own, p, 0.0)
         d_s = tl.where(own, d_s, 0.0)
-    d_q = _weighted(as_operand(d_s.to(dtype), REORDER), values, d_q, PRECISION)
-    if NEED_INPUT:
-        p_t = tl.trans(p.to(dtype))
-        d_s_t = tl.trans(d_s.to(dtype))
-        for i in tl.static_range(len(q)):
-            d_x = dot(p_t, d_z_right[i], tl.zeros((KEYS, BLOCK), acc), PRECISION)
-            d_x = dot(d_s_t, q_right[i], d_x, PRECISION)
-            _add_block(scratch, d_x, 0, i * BLOCK, keys, tl.arange(0, BLOCK), E, age, BLOCK if PACK > 1 else F, E)
+    d_q = _weighted(as_operand(d_s.to(dtype), REORDER), ordered, d_q, PRECISION)
+    p_t = tl.trans(p.to(dtype))
+    d_s_t = tl.trans(d_s.to(dtype))
+    i = tl.arange(0, BLOCK)
+    nothing = tl.zeros((KEYS, BLOCK), acc)
+    for j in tl.static_range(len(q)):
+        if FACTORED:
+            if NEED_INPUT or NEED_SCORES:
+                d_k = dot(d_s_t, q_right[j], nothing, PRECISION)
+                _add_block(scratch + tile_rows * E, d_k, 0, j * BLOCK, fields, i, D, age, tile_rows, D)
+            if NEED_INPUT or NEED_VALUES:
+                d_v = dot(p_t, d_z_right[j], nothing, PRECISION)
+                _add_block(scratch + tile_rows * (E + D), d_v, 0, j * BLOCK, fields, i, D, age, tile_rows, D)
+        elif NEED_INPUT:
+            d_x = dot(p_t, d_z_right[j], nothing, PRECISION)
+            d_x = dot(d_s_t, q_right[j], d_x, PRECISION)
+            _add_block(scratch, d_x, 0, j * BLOCK, fields, i, E, age, tile_rows, E)
     return d_q
+
+
+@triton.jit
+def _differentiate_projection(
+    x,
+    d_rows,  # where the gradients of a head's keys or values stand, (tile rows, D)
+    d_x,  # where to add them as gradients of x, (tile rows, E)
+    weights,  # of the head's projection, (E, D) with rows H*D apart
+    d_weights,
+    rows,
+    i,
+    age,
+    tile,
+    batch,
+    x_sb,
+    x_sf,
+    x_se,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PACK: tl.constexpr,
+    NEED_INPUT: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From y = x w and dy, for a block of rows: dx += dy w^T, dw += x^T dy."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    acc: tl.constexpr = d_x.dtype.element_ty
+    tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
+    d_y = ()
+    for j in tl.static_range(0, D, BLOCK):
+        inside = (rows[:, None] < tile_rows) & (i[None, :] < D - j)
+        d_y_j = tl.load(block_pointers(d_rows, 0, j, rows, i, D), mask=inside, other=0.0)
+        d_y = d_y + (d_y_j.to(dtype),)
+    for e in tl.static_range(0, E, BLOCK):
+        if NEED_WEIGHTS:
+            x_t = tl.trans(load_rows(x, rows, e, tile, batch, x_sb, x_sf, x_se, F, E, PACK))
+            for j in tl.static_range(len(d_y)):
+                d_w = dot(x_t, d_y[j], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
+                _add_block(d_weights, d_w, e, j * BLOCK, i, i, H * D, age, E, D)
+        if NEED_INPUT:
+            d_x_e = tl.zeros((BLOCK, BLOCK), acc)
+            for j in tl.static_range(len(d_y)):
+                w_t = load_transposed(weights, e, j * BLOCK, i, i, H * D, E, D)
+                d_x_e = dot(d_y[j], w_t.to(dtype), d_x_e, PRECISION)
+            _add_block(d_x, d_x_e, 0, e, rows, i, E, 1, tile_rows, E)
 
 
 @triton.jit
@@ -410,7 +711,8 @@ def backward(
     out,  # (B, F, O), contiguous
     d_x,  # (B, F, E), contiguous
     partial,  # (programs, size of weights)
-    scratch,  # (programs, F or 16, E)
+    scratch,  # (programs, F or 16, E), factored (programs, F or 16, E + 2 D)
+    projected,  # (programs, PACK, F, 2, H, D); anything where folded
     batch,
     d_sb,
     d_sf,
@@ -426,7 +728,16 @@ def backward(
     F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
+    D: tl.constexpr,
     O: tl.constexpr,
+    FACTORED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    HEAD_OUT: tl.constexpr,
+    AT_M: tl.constexpr,
+    AT_R: tl.constexpr,
+    AT_B: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
     NEED_INPUT: tl.constexpr,
@@ -448,51 +759,86 @@ def backward(
     dtype: tl.constexpr = x.dtype.element_ty
     acc: tl.constexpr = weights.dtype.element_ty
     tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
-    size: tl.constexpr = (E + 1 + O) * H * E + (E + 2) * O
+    size: tl.constexpr = AT_B + 2 * O
+    at_k: tl.constexpr = (E + 1) * H * D
+    slices: tl.constexpr = 1 if OUTPUT == MERGED else H
+    # Whether anybody wants what lies behind the heads' outputs, and, of folded weights, what lies in front of them.
+    through_heads: tl.constexpr = (NEED_INPUT or NEED_SCORES) or (NEED_VALUES and FACTORED)
+    into_values: tl.constexpr = NEED_VALUES and OUTPUT != BARE
     pid = tl.program_id(0)
     partial += tl.cast(pid, tl.int64) * size
-    scratch += tl.cast(pid, tl.int64) * (tile_rows * E)
-    residual: tl.constexpr = (E + 1 + O) * H * E
+    scratch += tl.cast(pid, tl.int64) * (tile_rows * (E + 2 * D * FACTORED))
+    if FACTORED:
+        projected += tl.cast(pid, tl.int64) * (PACK * F * 2 * H * D)
     for t in tl.range(pid, (batch + PACK - 1) // PACK, tl.num_programs(0)):
         tile = tl.cast(t, tl.int64)
-        if (NEED_INPUT or NEED_SCORES) or NEED_VALUES:
+        if through_heads or into_values:
+            if FACTORED:
+                i = tl.arange(0, BLOCK) + t * nought
+                _project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
             for h in tl.range(H):
+                m_h = AT_M + h * D * HEAD_OUT
+                first_out = 0
+                if OUTPUT != MERGED:
+                    first_out = h * HEAD_OUT
+                keys_from = x
+                values_from = x
+                key_tile = tile
+                k_sb = x_sb
+                k_sf = x_sf
+                k_se = x_se
+                if FACTORED:
+                    keys_from = projected + h * D
+                    values_from = projected + (H + h) * D
+                    key_tile = tile * 0
+                    k_sb = F * 2 * H * D
+                    k_sf = 2 * H * D
+                    k_se = 1
                 for first_row in tl.range(0, tile_rows, ROWS):
-                    i = tl.arange(0, BLOCK) + (t + first_row) * nought
-                    age = h + first_row
+                    turn = t + first_row
+                    if FACTORED or OUTPUT != MERGED:
+                        # The others have registers to spare for addresses that all heads share.
+                        turn += h
+                    i = tl.arange(0, BLOCK) + turn * nought
+                    age_of_keys = first_row
+                    age_of_rows = h
+                    if not FACTORED:
+                        age_of_keys = h + first_row
+                        age_of_rows = 1
                     age_of_head = t - pid + first_row
-                    rows = first_row + tl.arange(0, ROWS) + t * nought
+                    rows = first_row + tl.arange(0, ROWS) + turn * nought
                     x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-                    d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
-                    q = _queries(x_rows, weights, h, i, E, H, PRECISION, REORDER)
-                    m_h = (E + 1) * H * E + h * E * O
+                    d_y = _load_output_gradient(
+                        grad, out, rows, first_out, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, PACK, RELU, acc
+                    )
+                    q = _queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER)
                     d_z = ()
-                    if NEED_INPUT or NEED_SCORES:
-                        for e in tl.static_range(0, E, BLOCK):
-                            d_z_e = tl.zeros((ROWS, BLOCK), acc)
-                            for o in tl.static_range(len(d_y)):
-                                m_t = load_transposed(weights + m_h, e, o * BLOCK, restoring(i, REORDER), i, O, E, O)
-                                d_z_e = dot(d_y[o], m_t.to(dtype), d_z_e, PRECISION)
-                            d_z = d_z + (as_operand(d_z_e.to(dtype), REORDER),)
+                    if through_heads:
+                        if OUTPUT == BARE:
+                            d_z = d_y
+                        else:
+                            for e in tl.static_range(0, D, BLOCK):
+                                d_z_e = tl.zeros((ROWS, BLOCK), acc)
+                                for o in tl.static_range(len(d_y)):
+                                    m_t = load_transposed(
+                                        weights + m_h, e, o * BLOCK, restoring(i, REORDER), i, HEAD_OUT, D, HEAD_OUT
+                                    )
+                                    d_z_e = dot(d_y[o], m_t.to(dtype), d_z_e, PRECISION)
+                                d_z = d_z + (as_operand(d_z_e.to(dtype), REORDER),)
                     reference, _, scale, delta, z = _attend(
-                        q, d_z, rows, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
-                        F, E, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, acc,
+                        q, d_z, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                        m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT,
+                        acc,
                     )  # fmt: skip
-                    if PACK > 1:
-                        spoilt = ()
-                        bad = tl.zeros((BLOCK,), acc)
-                        for e in tl.static_range(len(x_rows)):
-                            bad += poison(x_rows[e], PACK, acc)
-                        for e in tl.static_range(len(z)):
-                            spoilt = spoilt + (z[e] + bad[:, None],)
-                        z = spoilt
-                    if NEED_VALUES:
+                    if into_values:
                         for e in tl.static_range(len(z)):
                             z_t = tl.trans(z[e].to(dtype))
                             for o in tl.static_range(len(d_y)):
                                 d_m = dot(z_t, d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
-                                _add_block(partial + m_h, d_m, e * BLOCK, o * BLOCK, i, i, O, age_of_head, E, O)
-                    if NEED_INPUT or NEED_SCORES:
+                                _add_block(
+                                    partial + m_h, d_m, e * BLOCK, o * BLOCK, i, i, HEAD_OUT, age_of_head, D, HEAD_OUT
+                                )
+                    if through_heads:
                         d_z_right = ()
                         q_right = ()
                         d_q = ()
@@ -502,86 +848,115 @@ def backward(
                             d_q = d_q + (tl.zeros((ROWS, BLOCK), acc),)
                         for first in tl.range(0, key_end, KEYS):
                             d_q = _differentiate_keys(
-                                q, q_right, d_z, d_z_right, d_q, reference, scale, delta, first, rows,
-                                age, scratch, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
-                                F, E, KEYS, True, PACK, MASK, NEED_INPUT, PRECISION, REORDER,
+                                q, q_right, d_z, d_z_right, d_q, reference, scale, delta, first, rows, age_of_keys,
+                                scratch, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                                m_sb, m_sq, m_sk, F, E, D, FACTORED, KEYS, True, PACK, MASK, NEED_INPUT, NEED_SCORES,
+                                NEED_VALUES, PRECISION, REORDER,
                             )  # fmt: skip
                         d_q = _differentiate_keys(
-                            q, q_right, d_z, d_z_right, d_q, reference, scale, delta, key_end, rows,
-                            age, scratch, x, mask, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk,
-                            F, E, TAIL, False, PACK, MASK, NEED_INPUT, PRECISION, REORDER,
+                            q, q_right, d_z, d_z_right, d_q, reference, scale, delta, key_end, rows, age_of_keys,
+                            scratch, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                            m_sb, m_sq, m_sk, F, E, D, FACTORED, TAIL, False, PACK, MASK, NEED_INPUT, NEED_SCORES,
+                            NEED_VALUES, PRECISION, REORDER,
                         )  # fmt: skip
                         if NEED_INPUT:
                             tl.debug_barrier()
-                            for e in tl.static_range(len(d_q)):
+                            for e in tl.static_range(len(x_rows)):
                                 d_x_e = tl.zeros((ROWS, BLOCK), acc)
                                 for j in tl.static_range(len(d_q)):
                                     d_q_j = as_operand(d_q[j].to(dtype), REORDER)
                                     columns = reordered(i, REORDER)
                                     a_t = load_transposed(
-                                        weights + h * E, e * BLOCK, j * BLOCK, i, columns, H * E, E, E
+                                        weights + h * D, e * BLOCK, j * BLOCK, i, columns, H * D, E, D
                                     )
                                     d_x_e = dot(d_q_j, a_t.to(dtype), d_x_e, PRECISION)
-                                _add_block(scratch, d_x_e, 0, e * BLOCK, rows, i, E, 1, tile_rows, E)
+                                _add_block(scratch, d_x_e, 0, e * BLOCK, rows, i, E, age_of_rows, tile_rows, E)
                             tl.debug_barrier()
                         if NEED_SCORES:
                             # Loaded again rather than kept over the loops: registers are what is short.
                             x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+                            d_c = partial + E * H * D + h * D
                             for j in tl.static_range(len(d_q)):
-                                _add_vector(
-                                    partial + E * H * E + h * E,
-                                    tl.sum(d_q[j], 0),
-                                    j * BLOCK,
-                                    i,
-                                    age_of_head,
-                                    E,
-                                )
+                                _add_vector(d_c, tl.sum(d_q[j], 0), j * BLOCK, i, age_of_head, D)
                                 d_q_j = d_q[j].to(dtype)
                                 for e in tl.static_range(len(x_rows)):
                                     d_a = dot(tl.trans(x_rows[e]), d_q_j, tl.zeros((BLOCK, BLOCK), acc), PRECISION)
                                     _add_block(
-                                        partial + h * E,
-                                        d_a,
-                                        e * BLOCK,
-                                        j * BLOCK,
-                                        i,
-                                        i,
-                                        H * E,
-                                        age_of_head,
-                                        E,
-                                        E,
+                                        partial + h * D, d_a, e * BLOCK, j * BLOCK, i, i, H * D, age_of_head, E, D
                                     )
+                if FACTORED:
+                    tl.debug_barrier()
+                    for first_row in tl.range(0, tile_rows, BLOCK):
+                        i = tl.arange(0, BLOCK) + (t + h + first_row) * nought
+                        rows = first_row + i
+                        age = t - pid + first_row
+                        at = at_k + h * D
+                        if NEED_INPUT or NEED_SCORES:
+                            _differentiate_projection(
+                                x, scratch + tile_rows * E, scratch, weights + at, partial + at, rows, i, age, tile,
+                                batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_SCORES, PRECISION,
+                            )  # fmt: skip
+                        at += E * H * D
+                        if NEED_INPUT or NEED_VALUES:
+                            _differentiate_projection(
+                                x, scratch + tile_rows * (E + D), scratch, weights + at, partial + at, rows, i, age,
+                                tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_VALUES, PRECISION,
+                            )  # fmt: skip
+                    tl.debug_barrier()
         for first_row in tl.range(0, tile_rows, ROWS):
             i = tl.arange(0, BLOCK) + (t + first_row) * nought
             age = t - pid + first_row
             rows = first_row + tl.arange(0, ROWS) + t * nought
-            d_y = _load_output_gradient(grad, out, rows, tile, batch, d_sb, d_sf, d_so, F, O, PACK, acc)
             x_rows = _load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-            for o in tl.static_range(len(d_y)):
-                if NEED_BIAS:
-                    d_b = tl.sum(d_y[o].to(acc), 0)
-                    d_g = d_b
-                    if MASK != MASK_NONE:
-                        seen = _sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-                        d_g = tl.sum(tl.where(seen[:, None], d_y[o].to(acc), 0.0), 0)
-                    _add_vector(partial + residual + E * O, d_b, o * BLOCK, i, age, O)
-                    _add_vector(partial + residual + (E + 1) * O, d_g, o * BLOCK, i, age, O)
-                if NEED_RESIDUAL:
-                    for e in tl.static_range(len(x_rows)):
-                        d_r = dot(tl.trans(x_rows[e]), d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
-                        _add_block(partial + residual, d_r, e * BLOCK, o * BLOCK, i, i, O, age, E, O)
+            d_x_rows = ()
             if NEED_INPUT:
                 for e in tl.static_range(len(x_rows)):
                     inside = (rows[:, None] < tile_rows) & (i[None, :] < E - e * BLOCK)
                     pointers = block_pointers(scratch, 0, e * BLOCK, rows, i, E)
-                    d_x_e = tl.load(pointers, mask=inside, other=0.0)
-                    for o in tl.static_range(len(d_y)):
-                        r_t = load_transposed(weights + residual, e * BLOCK, o * BLOCK, i, i, O, E, O)
-                        d_x_e = dot(d_y[o], r_t.to(dtype), d_x_e, PRECISION)
-                    offsets, exists = row_offsets(rows, tile, batch, F * E, E, F, PACK)
+                    d_x_rows = d_x_rows + (tl.load(pointers, mask=inside, other=0.0),)
+            for h in tl.range(slices):
+                first_out = h * HEAD_OUT
+                d_y = _load_output_gradient(
+                    grad, out, rows, first_out, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, PACK, RELU, acc
+                )
+                for o in tl.static_range(len(d_y)):
+                    if NEED_BIAS:
+                        d_b = tl.sum(d_y[o].to(acc), 0)
+                        d_g = d_b
+                        if MASK != MASK_NONE:
+                            seen = _sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
+                            d_g = tl.sum(tl.where(seen[:, None], d_y[o].to(acc), 0.0), 0)
+                        _add_vector(partial + AT_B + first_out, d_b, o * BLOCK, i, age, HEAD_OUT)
+                        _add_vector(partial + AT_B + O + first_out, d_g, o * BLOCK, i, age, HEAD_OUT)
+                    if NEED_RESIDUAL and RESIDUAL == PROJECTION:
+                        for e in tl.static_range(len(x_rows)):
+                            d_r = dot(tl.trans(x_rows[e]), d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
+                            d_r_h = partial + AT_R + first_out
+                            _add_block(d_r_h, d_r, e * BLOCK, o * BLOCK, i, i, O, age, E, HEAD_OUT)
+                if NEED_INPUT and RESIDUAL == PROJECTION:
+                    added = ()
+                    for e in tl.static_range(len(x_rows)):
+                        d_x_e = d_x_rows[e]
+                        for o in tl.static_range(len(d_y)):
+                            r_h = weights + AT_R + first_out
+                            r_t = load_transposed(r_h, e * BLOCK, o * BLOCK, i, i, O, E, HEAD_OUT)
+                            d_x_e = dot(d_y[o], r_t.to(dtype), d_x_e, PRECISION)
+                        added = added + (d_x_e,)
+                    d_x_rows = added
+            if NEED_INPUT:
+                if RESIDUAL == IDENTITY:
+                    d_y = _load_output_gradient(
+                        grad, out, rows, 0, tile, batch, d_sb, d_sf, d_so, F, O, E, PACK, RELU, acc
+                    )
+                    added = ()
+                    for e in tl.static_range(len(x_rows)):
+                        added = added + (d_x_rows[e] + d_y[e].to(acc),)
+                    d_x_rows = added
+                offsets, exists = row_offsets(rows, tile, batch, F * E, E, F, PACK)
+                for e in tl.static_range(len(x_rows)):
                     tl.store(
                         d_x + offsets[:, None] + i[None, :] + e * BLOCK,
-                        d_x_e.to(d_x.dtype.element_ty),
+                        d_x_rows[e].to(d_x.dtype.element_ty),
                         mask=exists[:, None] & (i[None, :] < E - e * BLOCK),
                     )
         tl.debug_barrier()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from autoint_fast import InteractingLayer
-from autoint_fast.kernels import torch_engine, triton_engine
+from autoint_fast.kernels import triton_engine
 from autoint_fast.kernels.triton_launch import Config, Launch, packed_samples
 from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, Layout
 from tests.honest_interpreter import overflow_checks
+from tests.layouts import interact_plainly
 
 EVERYTHING = NEED_INPUT | NEED_WEIGHTS
 PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x4": torch.float32}
@@ -57,7 +58,7 @@ def test_frozen_weights_still_give_the_gradient_of_x(launches: list[str]) -> Non
 
 
 class Case:
-    """Folded weights, an input, a mask and a gradient, and what the folded algebra in fp64 makes of them."""
+    """Folded weights, an input, a mask and a gradient, and what `interact_plainly` in fp64 makes of them."""
 
     def __init__(self, batch: int, fields: int, emb_size: int, n_head: int, dtype: torch.dtype, mask: str) -> None:
         self.layout = Layout(n_head, emb_size, emb_size, emb_size)
@@ -67,12 +68,12 @@ class Case:
         self.mask = None if shape is None else torch.rand(shape) < 0.3
         if self.mask is not None:
             self.mask[0, 0] = True
-        packed, x = self.packed.double(), self.x.double()
-        self.out = torch_engine.interact(x, packed, self.mask, self.layout)
+        leaves = [self.x.double().requires_grad_(), self.packed.double().requires_grad_()]
+        out = interact_plainly(*leaves, self.mask, self.layout)
+        self.out = out.detach()
         # Where the relu is all but undecided, the sign is a matter of rounding.
         self.grad = torch.randn_like(self.x) * (self.out.abs() > 1e-2)
-        arguments = (self.grad.double(), x, packed, self.out, self.mask, self.layout, EVERYTHING)
-        self.d_x, self.d_packed = torch_engine.interact_backward(*arguments)
+        self.d_x, self.d_packed = torch.autograd.grad(out, leaves, self.grad.double())
 
 
 def assert_near(name: str, ours: Tensor, truth: Tensor, tolerance: float) -> None:
