@@ -167,9 +167,12 @@ def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -
     p = interaction.parameters
     merged = None if p.w_o is None else p.w_o.shape[0]
     kind = (p.w_v is not None, interaction.residual, interaction.relu)
-    # Dynamo warns of a cache that it looks through.
-    choose = _choose_layout.__wrapped__ if torch.compiler.is_compiling() else _choose_layout
-    return choose(interaction.n_head, *p.w_q.shape, merged, *kind, n_fields, form)
+    sizes = (*p.w_q.shape, merged)
+    # Dynamo warns of a cache that it looks through, and a symbolic number cannot be looked up in one.
+    if torch.compiler.is_compiling() or isinstance(n_fields, torch.SymInt) or isinstance(sizes[1], torch.SymInt):
+        fixed = (None if size is None else int(size) for size in sizes)
+        return _choose_layout.__wrapped__(interaction.n_head, *fixed, *kind, n_fields, form)
+    return _choose_layout(interaction.n_head, *sizes, *kind, n_fields, form)
 
 
 @functools.lru_cache(maxsize=1024)

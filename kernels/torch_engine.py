@@ -163,51 +163,48 @@ def fold_backward(
     rows = p.w_q.shape[0]
     want_q, want_bq, want_k, want_bk, want_v, want_bv, want_o, want_bo, want_r, want_br = wanted
     grads: list[Tensor | None] = [None] * len(p)
+
+    def own(part: Tensor, *shape: int) -> Tensor:
+        # An operator must not return a part of what it was given.
+        return part.clone(memory_format=torch.contiguous_format).view(shape)
+
     if layout.factored:
         if want_q:
-            grads[0] = d.a.permute(1, 2, 0).reshape(rows, e) * scale
+            grads[0] = own(d.a.permute(1, 2, 0), rows, e).mul_(scale)
         if want_bq:
-            grads[1] = d.c.reshape(rows) * scale
+            grads[1] = own(d.c, rows).mul_(scale)
         if want_k:
-            grads[2] = d.k.permute(1, 2, 0).reshape(rows, e)
+            grads[2] = own(d.k.permute(1, 2, 0), rows, e)
         if want_v:
-            grads[4] = d.v.permute(1, 2, 0).reshape(rows, e)
+            grads[4] = own(d.v.permute(1, 2, 0), rows, e)
         if want_o:
-            grads[6] = d.m.permute(2, 0, 1).reshape(o, rows)
+            grads[6] = own(d.m.permute(2, 0, 1), o, rows)
     else:
-        d_ac = torch.cat((d.a, d.c.unsqueeze(0)))
         if want_q:
             grads[0] = torch.baddbmm(blank, w_k, d.a.permute(1, 2, 0), beta=0, alpha=scale).view(rows, e)
         if want_bq:
             grads[1] = torch.baddbmm(blank, w_k, d.c.unsqueeze(2), beta=0, alpha=scale).view(rows)
         if want_k:
+            d_ac = torch.cat((d.a, d.c.unsqueeze(0)))
             grads[2] = torch.baddbmm(blank, w_qb, d_ac.transpose(0, 1), beta=0, alpha=scale).view(rows, e)
         if want_v:
-            grads[4] = (d.m.mT if p.w_o is None else torch.bmm(w_o, d.m.mT)).reshape(rows, e)
+            grads[4] = own(d.m.mT, rows, e) if p.w_o is None else torch.bmm(w_o, d.m.mT).view(rows, e)
         if want_o:
-            grads[6] = torch.bmm(d.m.mT, w_v.mT).transpose(0, 1).reshape(o, rows)
+            grads[6] = own(torch.bmm(d.m.mT, w_v.mT).transpose(0, 1), o, rows)
     if want_bk:
         grads[3] = grad.new_zeros(rows)
     if want_bv:
-        grads[5] = d.g if p.w_o is None else torch.mv(p.w_o.t(), d.g)
+        grads[5] = own(d.g, rows) if p.w_o is None else torch.mv(p.w_o.t(), d.g)
     if want_o and p.b_v is not None:
         assert grads[6] is not None
-        grads[6] = torch.addr(grads[6], d.g, p.b_v)
+        grads[6].addr_(d.g, p.b_v)
     if want_bo:
-        grads[7] = d.b
+        grads[7] = own(d.b, o)
     if want_r:
-        grads[8] = d.r.t()
+        grads[8] = own(d.r.t(), o, e)
     if want_br:
-        grads[9] = d.b
-    # Copies of what may still be views: an operator must not return a part of what it was given.
-    return [
-        None
-        if g is None or t is None
-        else g.to(t.dtype, memory_format=torch.contiguous_format, copy=True)
-        if g._is_view() or g.dtype != t.dtype
-        else g
-        for g, t in zip(grads, given, strict=True)
-    ]
+        grads[9] = own(d.b, o)
+    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, given, strict=True)]
 
 
 # --- the width of the computation -----------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ BACKGROUND = (5, Layout(2, 4, 4, 4), torch.float32)
 def little_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afresh: None) -> Work:
     """A shape whose own build pays after one call, in a cache that holds the general build alone."""
     private_copy(tmp_path, [native_build.build(native_engine._spec(torch.float32))], monkeypatch)
-    fields, (h, e, _), _ = BACKGROUND
+    fields, (h, e, *_), _ = BACKGROUND
     work = draw_work(Shape(BATCH, fields, e, h))
     work.run()
     assert not native_engine._shape(*BACKGROUND).settled
