@@ -53,10 +53,12 @@ class Fused(nn.Module):
     Attributes:
         backend: "auto", or the name of the engine to use.
         form: "auto", or "folded" or "factored" to force the form of the weights.
+        n_fields: the number of fields that x must have, if only one will do.
     """
 
     backend: str = "auto"
     form: str = "auto"
+    n_fields: int | None = None
     # The ten parameters as errors name them.
     parameter_names: Sequence[str] = InteractingParameters._fields
     _frozen: _Folded | None = None
@@ -71,23 +73,28 @@ class Fused(nn.Module):
         return choose_layout(self.interaction(), n_fields, self.form)
 
     def fused(
-        self, x: Tensor, mask: Tensor | None = None, return_attention: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        interaction: Interaction | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, F, E), any mask -> (B, F, O), with `return_attention` also P (B, H, F, F).
 
-        Raises TypeError or ValueError naming the argument.
+        `interaction`: what to compute, unless frozen; without it `self.interaction()`. Raises TypeError or ValueError
+        naming the argument.
         """
         frozen, last = self._frozen, self._last
         if frozen is not None:
             interaction = frozen.interaction
         else:
-            interaction = self.interaction()
+            interaction = interaction or self.interaction()
             # Of the very tensors that were checked before, only the values can be others.
             if last is None or not all(map(operator.is_, interaction.parameters, last.given)):
                 last = None
                 check_parameters(interaction, self.parameter_names)
         p = interaction.parameters
-        check_input(x, p.w_q.shape[1])
+        check_input(x, p.w_q.shape[1], self.n_fields)
         mask = check_mask(mask, x)
         dtype = check_dtype(x, p.w_q)
         layout = choose_layout(interaction, x.shape[1], self.form)
@@ -169,7 +176,7 @@ def why(layer: Fused, x: Tensor, mask: Tensor | None = None) -> dispatch.Why:
     if not isinstance(layer, Fused):
         raise TypeError(f"layer: expected a layer of autoint_fast, got {type(layer).__name__}")
     layout = layer.layout(x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else 1)
-    check_input(x, layout.emb_size)
+    check_input(x, layout.emb_size, layer.n_fields)
     check_mask(mask, x)
     # Any parameter will do, while to read a parametrised weight may change its state.
     dtype = check_dtype(x, next(layer.parameters()))
