@@ -50,14 +50,12 @@ def _dense(p: _Parameters, n_head: int, folded: bool) -> _Dense:
     if not folded:
         return _Dense(p.w_o, p.w_r, p.b_o + p.b_r, None)
     dtype, size, e = folded_dtype(p.w_v.dtype), p.w_o.shape[0], p.w_v.shape[1]
-    with _without_autocast(p.w_v.device.type):
-        # The bias is one more column, so that one product gives both.
-        w_vb = torch.cat((p.w_v, p.b_v.unsqueeze(1)), 1).to(dtype).view(n_head, e, e + 1)
-        w_o = p.w_o.to(dtype).view(size, n_head, size)
-        # A product for each head: with the heads as a batch, einsum copies their weights once more.
-        products = [(w_o[:, h].reshape(-1, e) @ w_vb[h]).view(size, -1, e + 1) for h in range(n_head)]
-    heads = torch.stack([t[..., :e] for t in products], 2).view(size, -1)
-    value_bias = torch.stack([t[..., e] for t in products]).sum(0).t()
+    w_v, b_v = p.w_v.to(dtype).view(n_head, e, e), p.b_v.to(dtype).view(n_head, e)
+    # Head by head: einsum, with the heads as a batch, would copy these weights, by far the largest, twice more.
+    w_o = [w.reshape(-1, e) for w in p.w_o.to(dtype).view(size, n_head, size).unbind(1)]
+    with _without_autocast(w_v.device.type):
+        heads = torch.stack([(w @ w_v[h]).view(size, -1, e) for h, w in enumerate(w_o)], 2).view(size, -1)
+        value_bias = torch.stack([w @ b_v[h] for h, w in enumerate(w_o)]).sum(0).view(size, -1).t()
     return _Dense(heads.to(p.w_o.dtype), p.w_r, p.b_o.to(dtype) + p.b_r.to(dtype), value_bias)
 
 
@@ -104,6 +102,7 @@ class FlattenedInteractingLayer(Fused):
     """
 
     parameter_names = tuple(f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias"))
+    n_fields: int
     _dense: _Dense | None = None
 
     def __init__(
@@ -145,8 +144,8 @@ class FlattenedInteractingLayer(Fused):
 
     def _attention(self, p: _Parameters, folded: bool) -> Interaction:
         """P_h x side by side where the projection of the values is folded into fc_out, else P_h V_h."""
-        values = (None, None) if folded else (p.w_v, p.b_v)
-        parameters = InteractingParameters(*p[:4], *values, None, None, None, None)
+        w_v, b_v = (None, None) if folded else (p.w_v, p.b_v)
+        parameters = InteractingParameters(p.w_q, p.b_q, p.w_k, p.b_k, w_v, b_v, None, None, None, None)
         return Interaction(parameters, self.n_head, 1 / math.sqrt(self.emb_size), "none", relu=False)
 
     def interaction(self) -> Interaction:
@@ -170,10 +169,10 @@ class FlattenedInteractingLayer(Fused):
         if dense is None:
             p = self._read()
             # Compiled code has to serve batches of every size.
-            folded = x.shape[0] > self.n_fields * self.emb_size if not torch.compiler.is_compiling() else False
+            folded = not torch.compiler.is_compiling() and x.shape[0] > self.n_fields * self.emb_size
             dense, interaction = _dense(p, self.n_head, folded), self._attention(p, folded)
         result = self.fused(x, mask, return_attention, interaction)
-        heads = result[0] if return_attention else result
+        heads, attention = result if isinstance(result, tuple) else (result, None)
         bias = dense.bias
         if dense.value_bias is None:
             heads = heads.unflatten(2, (self.n_head, self.emb_size)).transpose(1, 2)
@@ -182,7 +181,7 @@ class FlattenedInteractingLayer(Fused):
         out = torch.addmm(bias, heads.flatten(1), dense.heads.t())
         # Two products one after the other: to join their factors for a single one would cost more.
         out = torch.addmm(out, x.flatten(1), dense.x.t()).relu_()
-        return (out, result[1]) if return_attention else out
+        return out if attention is None else (out, attention)
 
     def load_keras_weights(self, weights: Sequence[Any]) -> None:
         """Loads what the Dense layers of the Keras function hold, in the order in which it creates them.

@@ -43,11 +43,9 @@ class PaperInteractingLayer(Fused):
     Raises TypeError or ValueError naming the argument.
     """
 
-    projections = ("w_qs", "w_ks", "w_vs", "w_res")
-    parameter_names = (
-        *(f"{name}.{kind}" for name in projections[:3] for kind in ("weight", "bias")),
-        *InteractingParameters._fields[6:8],
-        *("w_res.weight", "w_res.bias"),
+    # There is no output projection.
+    parameter_names = tuple(
+        f"{name}.{kind}" for name in ("w_qs", "w_ks", "w_vs", "w_o", "w_res") for kind in ("weight", "bias")
     )
 
     def __init__(
@@ -78,17 +76,17 @@ class PaperInteractingLayer(Fused):
         self.scaling = scaling
         self.scale = 1 / math.sqrt(att_size // n_head) if scaling else 1.0
         self.backend = backend
+        self.projections = ("w_qs", "w_ks", "w_vs", "w_res") if use_res else ("w_qs", "w_ks", "w_vs")
         for name in self.projections:
-            projection = None
-            if use_res or name != "w_res":
-                projection = nn.Linear(emb_size, att_size, bias=False, device=device, dtype=dtype)
-                nn.init.xavier_uniform_(projection.weight)
-            self.register_module(name, projection)
+            projection = nn.Linear(emb_size, att_size, bias=False, device=device, dtype=dtype)
+            nn.init.xavier_uniform_(projection.weight)
+            self.add_module(name, projection)
 
     def interaction(self) -> Interaction:
         """What the layer computes, with its tensors as they are now."""
-        *attention, w_r, b_r = read_projections(self, self.projections)
-        p = InteractingParameters(*attention, None, None, w_r, b_r)
+        w_q, b_q, w_k, b_k, w_v, b_v, *residual = read_projections(self, self.projections)
+        w_r, b_r = residual or (None, None)
+        p = InteractingParameters(w_q, b_q, w_k, b_k, w_v, b_v, None, None, w_r, b_r)
         return Interaction(p, self.n_head, self.scale, "projection" if self.use_res else "none")
 
     def forward(

@@ -13,19 +13,16 @@ _hooks_of = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backwa
 
 
 def read_projections(layer: nn.Module, names: Sequence[str]) -> list[Any]:
-    """Weight and bias of each Linear of `layer` in `names`, None for a bias and for a Linear that is not there.
+    """Weight and bias of each Linear of `layer` in `names`, None for a bias that is not there.
 
     They are read now, so that parametrisations and swapped parameters count. What relies on the call of a Linear is
     done here or refused: raises TypeError for a forward of its own, RuntimeError for hooks.
     """
     tensors: list[Any] = []
     compiling = torch.compiler.is_compiling()
-    modules = layer._modules
+    modules: Any = layer._modules
     for name in names:
         projection = modules[name]
-        if projection is None:
-            tensors += (None, None)
-            continue
         state = projection.__dict__
         own = state["_parameters"]
         if (
