@@ -14,7 +14,7 @@ from . import dispatch
 from .fused import Fused
 from .projections import read_projections
 from .validation import check_input, check_size, describe
-from .weights import InteractingParameters, Interaction, folded_dtype
+from .weights import BARE, NO_RESIDUAL, InteractingParameters, Interaction, Layout, folded_dtype
 
 PROJECTIONS = ("w_qs", "w_ks", "w_vs", "fc_out", "fc_res")
 
@@ -55,7 +55,8 @@ def _dense(p: _Parameters, n_head: int, folded: bool) -> _Dense:
     w_o = [w.reshape(-1, e) for w in p.w_o.to(dtype).view(size, n_head, size).unbind(1)]
     with _without_autocast(w_v.device.type):
         heads = torch.stack([(w @ w_v[h]).view(size, -1, e) for h, w in enumerate(w_o)], 2).view(size, -1)
-        value_bias = torch.stack([w @ b_v[h] for h, w in enumerate(w_o)]).sum(0).view(size, -1).t()
+    # No matrix product: one so long would lose digits of the gradient of b_v, which sums over fields and outputs.
+    value_bias = torch.stack([(w * b_v[h]).sum(1) for h, w in enumerate(w_o)]).sum(0).view(size, -1).t()
     return _Dense(heads.to(p.w_o.dtype), p.w_r, p.b_o.to(dtype) + p.b_r.to(dtype), value_bias)
 
 
@@ -151,6 +152,11 @@ class FlattenedInteractingLayer(Fused):
     def interaction(self) -> Interaction:
         """The attention, P_h x for each head, with its tensors as they are now."""
         return self._attention(self._read(), folded=True)
+
+    def layout(self, n_fields: int) -> Layout:
+        # The weights need not be read for it.
+        width = self.n_head * self.emb_size
+        return Layout(self.n_head, self.emb_size, self.emb_size, width, output=BARE, residual=NO_RESIDUAL, relu=0)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False

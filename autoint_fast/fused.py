@@ -15,6 +15,11 @@ from .validation import check_dtype, check_input, check_mask, check_parameters
 from .weights import InteractingParameters, Interaction, Layout, choose_layout
 
 
+def _unknown(p: InteractingParameters) -> bool:
+    """Of weights that nobody watches."""
+    return False
+
+
 class _Folded:
     """A copy of a layer's parameters, and the weights folded from it, in each form when it is first asked for."""
 
@@ -29,7 +34,7 @@ class _Folded:
         self.interaction = Interaction(p, interaction.n_head, interaction.scale, interaction.residual, interaction.relu)
         self.packed: list[Tensor | None] = [None, None]
         self.backend: str | None = None
-        self.still_same: Callable[[InteractingParameters], bool] = lambda p: False
+        self.still_same: Callable[[InteractingParameters], bool] = _unknown
 
     def weights(self, layout: Layout, backend: str) -> Tensor:
         """The folded weights in the form of `layout`."""

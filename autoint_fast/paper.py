@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from . import dispatch
 from .fused import Fused
 from .projections import read_projections
-from .validation import check_flag, check_size
-from .weights import InteractingParameters, Interaction
+from .validation import check_flag, check_input, check_size
+from .weights import InteractingParameters, Interaction, Layout, layout_of
 
 
 class PaperInteractingLayer(Fused):
@@ -74,6 +74,7 @@ class PaperInteractingLayer(Fused):
         self.n_head = n_head
         self.use_res = use_res
         self.scaling = scaling
+        self.residual = "projection" if use_res else "none"
         self.scale = 1 / math.sqrt(att_size // n_head) if scaling else 1.0
         self.backend = backend
         self.projections = ("w_qs", "w_ks", "w_vs", "w_res") if use_res else ("w_qs", "w_ks", "w_vs")
@@ -87,7 +88,13 @@ class PaperInteractingLayer(Fused):
         w_q, b_q, w_k, b_k, w_v, b_v, *residual = read_projections(self, self.projections)
         w_r, b_r = residual or (None, None)
         p = InteractingParameters(w_q, b_q, w_k, b_k, w_v, b_v, None, None, w_r, b_r)
-        return Interaction(p, self.n_head, self.scale, "projection" if self.use_res else "none")
+        return Interaction(p, self.n_head, self.scale, self.residual)
+
+    def layout(self, n_fields: int) -> Layout:
+        # The weights need not be read for it.
+        return layout_of(
+            self.n_head, self.att_size, self.emb_size, None, True, self.residual, True, n_fields, self.form
+        )
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False
@@ -101,6 +108,7 @@ class PaperInteractingLayer(Fused):
 
         Raises TypeError or ValueError naming the argument.
         """
+        check_input(x, self.emb_size)
         return self.fused(x, mask, return_attention)
 
     def extra_repr(self) -> str:

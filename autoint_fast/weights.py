@@ -158,14 +158,15 @@ def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -
     merged = None if p.w_o is None else p.w_o.shape[0]
     kind = (p.w_v is not None, interaction.residual, interaction.relu)
     # Dynamo warns of a cache that it looks through.
-    choose = _choose_layout.__wrapped__ if torch.compiler.is_compiling() else _choose_layout
+    choose = layout_of.__wrapped__ if torch.compiler.is_compiling() else layout_of
     return choose(interaction.n_head, *p.w_q.shape, merged, *kind, n_fields, form)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose_layout(
+def layout_of(
     h: int, rows: int, e: int, merged: int | None, has_values: bool, residual: str, relu: bool, n_fields: int, form: str
 ) -> Layout:
+    """`choose_layout` by what it asks of a layer: heads, the shape of w_q, the rows of w_o, whether there is a w_v."""
     d = rows // h
     # The operations of a head but for a factor 2 F, without and with an output projection.
     head_out = d if merged is None else merged
