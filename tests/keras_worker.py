@@ -5,6 +5,7 @@ Run by test_flattened.py in a process of its own: Keras takes its backend once, 
 
 from __future__ import annotations
 
+import copy
 import math
 
 import keras
@@ -13,6 +14,8 @@ from keras import layers, ops
 from torch import Tensor
 
 from autoint_fast import FlattenedInteractingLayer
+from tests.layers import flattened
+from tests.numerics import assert_close_to_truth
 
 FIELDS, EMB_SIZE, HEADS = 5, 6, 3
 
@@ -22,8 +25,8 @@ class Function:
 
     def __init__(self) -> None:
         width, size = HEADS * EMB_SIZE, FIELDS * EMB_SIZE
-        self.dense = [layers.Dense(n, bias_initializer="normal", dtype="float64") for n in (*[width] * 3, size, size)]
-        self.flatten = layers.Flatten(dtype="float64")
+        self.dense = [layers.Dense(n, bias_initializer="normal") for n in (*[width] * 3, size, size)]
+        self.flatten = layers.Flatten()
 
     def __call__(self, x: Tensor) -> Tensor:
         q, k, v = (dense(x) for dense in self.dense[:3])
@@ -37,23 +40,30 @@ class Function:
 
 
 def main() -> None:
+    """By the numerical rule, with Keras for the plain layer; in fp32, in which it multiplies whatever it is given."""
     assert keras.backend.backend() == "torch"
     torch.manual_seed(0)
-    for batch in (4, FIELDS * EMB_SIZE + 1):
+    for batch in (64, FIELDS * EMB_SIZE + 1, FIELDS * EMB_SIZE):
         function = Function()
-        x = torch.randn(batch, FIELDS, EMB_SIZE, dtype=torch.float64, requires_grad=True)
-        expected = function(x)
-        weights = [w for dense in function.dense for w in dense.get_weights()]
+        x = torch.randn(batch, FIELDS, EMB_SIZE)
+        leaves = [x.clone().requires_grad_(), x.clone().requires_grad_(), x.double().requires_grad_()]
+        theirs = function(leaves[0])
+        layer = FlattenedInteractingLayer(FIELDS, EMB_SIZE, HEADS)
+        layer.load_keras_weights([w for dense in function.dense for w in dense.get_weights()])
+        exact_layer = copy.deepcopy(layer).double()
+        ours, truth = layer(leaves[1]), flattened(exact_layer, leaves[2], None)
+        assert_close_to_truth("out", ours, theirs, truth)
+        uncertain = ((ours > 0) != (truth > 0)) | ((theirs > 0) != (truth > 0))
+        grad = torch.randn(ours.shape).masked_fill(uncertain, 0.0)
         variables = [w.value for dense in function.dense for w in dense.weights]
-        layer = FlattenedInteractingLayer(FIELDS, EMB_SIZE, HEADS, dtype=torch.float64)
-        layer.load_keras_weights(weights)
-        out = layer(x)
-        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-        grad = torch.randn_like(expected)
-        got = torch.autograd.grad(out, [x, *layer.parameters()], grad)
-        truth = torch.autograd.grad(expected, [x, *variables], grad)
-        for ours, theirs in zip(got, truth, strict=True):
-            torch.testing.assert_close(ours, theirs if ours.shape == x.shape else theirs.t(), rtol=0, atol=1e-11)
+        results = [(theirs, [leaves[0], *variables]), (ours, [leaves[1], *layer.parameters()])]
+        results.append((truth, [leaves[2], *exact_layer.parameters()]))
+        grads = zip(*(torch.autograd.grad(out, inputs, grad.to(out.dtype)) for out, inputs in results), strict=True)
+        for name, (their, our, true) in zip(("x", *(n for n, _ in layer.named_parameters())), grads, strict=True):
+            if name == "w_ks.bias":
+                assert not our.any()
+                continue
+            assert_close_to_truth(name, our, their if name == "x" else their.t(), true)
     print("agrees")
 
 
