@@ -32,9 +32,7 @@ class Engine(Protocol):
 
     def prepare(self, call: Call) -> bool: ...
 
-    def comparison(
-        self, copy: InteractingParameters, given: InteractingParameters
-    ) -> Callable[[InteractingParameters], bool]: ...
+    def comparison(self, copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]: ...
 
     def fold(self, p: InteractingParameters, layout: Layout, scale: float) -> Tensor: ...
 
@@ -73,12 +71,8 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def describe_call(x: Tensor, dtype: torch.dtype, layout: Layout) -> Call:
-    """The facts of a call with input x (B, F, E) computed in `dtype`."""
-    return Call("cpu" if x.is_cpu else x.device.type, dtype, x.shape[1], layout, _surroundings())
-
-
-def _surroundings() -> str | None:
+def surroundings() -> str | None:
+    """What runs this code other than plain eager or compiled code, in words: `Call.inside`."""
     if torch.compiler.is_compiling():
         # The rest is then Dynamo's business, not visible state.
         return None

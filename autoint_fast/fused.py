@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,26 +16,43 @@ from .validation import check_dtype, check_input, check_mask, check_parameters
 from .weights import InteractingParameters, Interaction, Layout, choose_layout
 
 
-def _unknown(p: InteractingParameters) -> bool:
-    """Of weights that nobody watches."""
-    return False
-
-
-class _Folded:
-    """A copy of a layer's parameters, and the weights folded from it, in each form when it is first asked for."""
+class _Known:
+    """A layer's parameters at some call: what they were found to be, so that it need not be found out again."""
 
     def __init__(self, interaction: Interaction) -> None:
         self.given = interaction.parameters
+        self.interaction = interaction
+        self.present = [t for t in self.given if t is not None]
+        self.addresses = tuple(map(Tensor.data_ptr, self.present))
+        self.asked: tuple[Any, ...] | None = None
+        self.choice: tuple[Layout, str]
+        # The weights folded in each form, when first asked for, and by what they are compared to the parameters.
+        self.packed: list[Tensor | None] = [None, None]
+        self.still_same: Callable[[], bool] | None = None
+
+    def holds(self, p: InteractingParameters) -> bool:
+        """Whether p are these tensors, in the same memory: then only their values can be others."""
+        return all(map(operator.is_, p, self.given)) and tuple(map(Tensor.data_ptr, self.present)) == self.addresses
+
+    def choose(self, n_fields: int, dtype: torch.dtype, backend: str, form: str) -> tuple[Layout, str]:
+        """The layout and the engine for a call."""
+        asked = (n_fields, dtype, backend, form)
+        if asked != self.asked:
+            layout = choose_layout(self.interaction, n_fields, form)
+            call = dispatch.Call(self.given.w_q.device.type, dtype, n_fields, layout, inside=None)
+            self.choice = layout, dispatch.choose(backend, call)
+            self.asked = asked
+        return self.choice
+
+    def copied(self) -> _Known:
+        """The same of a copy of the parameters."""
         # Inference tensors could not take part in a later gradient with respect to x, nor be copied.
         with torch.inference_mode(False), torch.no_grad():
-            present = [t.detach().reshape(-1) for t in self.given if t is not None]
             # Side by side in memory, so that they can be compared in one go.
-            copies = iter(torch.cat(present).split([t.numel() for t in present]))
-            p = InteractingParameters(*(None if t is None else next(copies).view(t.shape) for t in self.given))
-        self.interaction = Interaction(p, interaction.n_head, interaction.scale, interaction.residual, interaction.relu)
-        self.packed: list[Tensor | None] = [None, None]
-        self.backend: str | None = None
-        self.still_same: Callable[[InteractingParameters], bool] = _unknown
+            flat = torch.cat([t.detach().reshape(-1) for t in self.present])
+            pieces = iter(flat.split([t.numel() for t in self.present]))
+            p = InteractingParameters(*(None if t is None else next(pieces).view(t.shape) for t in self.given))  # type: ignore[arg-type]
+        return _Known(dataclasses.replace(self.interaction, parameters=p))
 
     def weights(self, layout: Layout, backend: str) -> Tensor:
         """The folded weights in the form of `layout`."""
@@ -44,10 +62,16 @@ class _Folded:
                 packed = self.packed[layout.factored] = op.fold(self.interaction, layout, backend)
         return packed
 
-    def watch(self, backend: str) -> None:
-        """Lets `still_same` compare parameters by an engine's means."""
-        self.backend = backend
-        self.still_same = dispatch.ENGINES[backend].comparison(self.interaction.parameters, self.given)
+    def current_weights(self, layout: Layout, backend: str) -> Tensor:
+        """The same, folded anew where the values of the parameters have changed."""
+        packed = self.packed[layout.factored]
+        # The values are compared, as `.data.mul_()` moves no version counter.
+        if packed is None or self.still_same is None or not self.still_same():
+            copy = self.copied()
+            self.packed = [None, None]
+            packed = self.packed[layout.factored] = copy.weights(layout, backend)
+            self.still_same = dispatch.ENGINES[backend].comparison(copy.given, self.given)
+        return packed
 
 
 class Fused(nn.Module):
@@ -66,8 +90,8 @@ class Fused(nn.Module):
     n_fields: int | None = None
     # The ten parameters as errors name them.
     parameter_names: Sequence[str] = InteractingParameters._fields
-    _frozen: _Folded | None = None
-    _last: _Folded | None = None
+    _frozen: _Known | None = None
+    _last: _Known | None = None
 
     def interaction(self) -> Interaction:
         """What the layer computes, with its tensors as they are now."""
@@ -89,34 +113,41 @@ class Fused(nn.Module):
         `interaction`: what to compute, unless frozen; without it `self.interaction()`. Raises TypeError or ValueError
         naming the argument.
         """
-        frozen, last = self._frozen, self._last
+        frozen = self._frozen
         if frozen is not None:
             interaction = frozen.interaction
-        else:
-            interaction = interaction or self.interaction()
-            # Of the very tensors that were checked before, only the values can be others.
-            if last is None or not all(map(operator.is_, interaction.parameters, last.given)):
-                last = None
-                check_parameters(interaction, self.parameter_names)
+        elif interaction is None:
+            interaction = self.interaction()
         p = interaction.parameters
+        inside = dispatch.surroundings()
+        known, is_new = frozen, False
+        if inside is not None or op.through_library(x, p.w_q):
+            known = None
+        elif frozen is None:
+            known = self._last
+            if known is None or not known.holds(p):
+                check_parameters(interaction, self.parameter_names)
+                known, is_new = _Known(interaction), True
+                self._last = known
+        if known is None and frozen is None:
+            check_parameters(interaction, self.parameter_names)
         check_input(x, p.w_q.shape[1], self.n_fields)
         mask = check_mask(mask, x)
         dtype = check_dtype(x, p.w_q)
-        layout = choose_layout(interaction, x.shape[1], self.form)
-        backend = dispatch.choose(self.backend, dispatch.describe_call(x, dtype, layout))
+        if known is not None:
+            layout, backend = known.choose(x.shape[1], dtype, self.backend, self.form)
+        else:
+            layout = choose_layout(interaction, x.shape[1], self.form)
+            call = dispatch.Call(x.device.type, dtype, x.shape[1], layout, inside)
+            backend = dispatch.choose(self.backend, call)
         if backend == "reference":
             out, attention = interaction_reference(x, interaction, mask)
             return (out, attention.transpose(0, 1)) if return_attention else out
         packed = None
         if frozen is not None:
             packed = frozen.weights(layout, backend)
-        elif not torch.is_grad_enabled() and p.w_q.is_cpu and not op.through_library(p.w_q):
-            # The values are compared, as `.data.mul_()` moves no version counter.
-            if last is None or last.backend != backend or not last.still_same(p):
-                check_parameters(interaction, self.parameter_names)
-                last = self._last = _Folded(interaction)
-                last.watch(backend)
-            packed = last.weights(layout, backend)
+        elif known is not None and not is_new and p.w_q.is_cpu and not torch.is_grad_enabled():
+            packed = known.current_weights(layout, backend)
         out = op.interact(x if x.dtype == dtype else x.to(dtype), interaction, layout, mask, backend, packed)
         if not return_attention:
             return out
@@ -133,7 +164,7 @@ class Fused(nn.Module):
             raise ValueError("freeze: expected a layer in eval mode, got one in training mode; call eval() first")
         interaction = self.interaction()
         check_parameters(interaction, self.parameter_names)
-        frozen = _Folded(interaction)
+        frozen = _Known(interaction).copied()
         w_q = interaction.parameters.w_q
         # Which form is the faster one depends on the number of fields, and one of these two numbers favours each.
         for n_fields in (1, 1 << 20):
@@ -185,4 +216,6 @@ def why(layer: Fused, x: Tensor, mask: Tensor | None = None) -> dispatch.Why:
     check_mask(mask, x)
     # Any parameter will do, while to read a parametrised weight may change its state.
     dtype = check_dtype(x, next(layer.parameters()))
-    return dispatch.explain(layer.backend, dispatch.describe_call(x, dtype, layout))
+    return dispatch.explain(
+        layer.backend, dispatch.Call(x.device.type, dtype, x.shape[1], layout, dispatch.surroundings())
+    )

@@ -8,7 +8,6 @@ from torch import Tensor
 from . import dispatch
 from .fused import Fused
 from .reference import ReferenceInteractingLayer
-from .validation import check_input
 from .weights import Layout
 
 
@@ -56,7 +55,6 @@ class InteractingLayer(ReferenceInteractingLayer, Fused):
 
         Raises TypeError or ValueError naming the argument.
         """
-        check_input(x, self.emb_size)
         return self.fused(x, mask, return_attention)
 
     def layout(self, n_fields: int) -> Layout:

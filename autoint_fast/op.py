@@ -280,24 +280,27 @@ _interact_backward_op.register_autograd(_refuse)
 
 def through_library(*tensors: Tensor) -> bool:
     """Whether a call must be visible as an operator: while compiling or exporting, and for tensor subclasses."""
-    return torch.compiler.is_compiling() or any(type(t) is not Tensor and type(t) is not Parameter for t in tensors)
+    for t in tensors:
+        # Faster than a generator: this is asked at every call.
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return True
+    return torch.compiler.is_compiling()
 
 
 def _needs(p: InteractingParameters) -> int:
     """The folded parts whose gradients the parameters ask for."""
 
-    def any_of(*tensors: Tensor | None) -> bool:
-        return any(t is not None and t.requires_grad for t in tensors)
-
+    asked = [t is not None and t.requires_grad for t in p]
+    w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, w_r, b_r = asked
     needs = 0
-    if any_of(p.w_q, p.b_q, p.w_k):
+    if w_q or b_q or w_k:
         needs |= NEED_SCORES
-    if any_of(p.w_v, p.w_o):
+    if w_v or w_o:
         needs |= NEED_VALUES
-    if any_of(p.w_r):
+    if w_r:
         needs |= NEED_RESIDUAL
     # b_k has a gradient of zeros, which costs nothing but has to come from somewhere.
-    if any_of(p.b_k, p.b_v, p.b_o, p.b_r) or (p.b_v is not None and any_of(p.w_o)):
+    if b_k or b_v or b_o or b_r or (w_o and p.b_v is not None):
         needs |= NEED_BIAS
     return needs
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-
-_hooks_of = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def read_projections(layer: nn.Module, names: Sequence[str]) -> list[Any]:
@@ -29,7 +26,10 @@ def read_projections(layer: nn.Module, names: Sequence[str]) -> list[Any]:
             compiling
             or type(projection) is not nn.Linear
             or len(own) != 2
-            or any(_hooks_of(state))
+            or state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
             or "forward" in state
         ):
             _prepare(name, projection)

@@ -118,22 +118,11 @@ class Layout(NamedTuple):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Elements of the parts, in the order in which they are packed; 0 for those that are not there."""
-        h, e, d, o, factored, output, residual, _ = self
-        projection = e * h * d
-        return (
-            projection,
-            h * d,
-            projection if factored else 0,
-            projection if factored else 0,
-            0 if output == BARE else h * d * self.head_out,
-            e * o if residual == PROJECTION else 0,
-            o,
-            o,
-        )
+        return _sizes(self)
 
     @property
     def numel(self) -> int:
-        return sum(self.sizes)
+        return _numel(self)
 
     def parts(self, packed: Tensor) -> Parts:
         """Views of `packed` (numel,)."""
@@ -144,6 +133,27 @@ class Layout(NamedTuple):
             *(a.view(shape), c.view(h, d), k.view(shape), v.view(shape)),
             *(m.view(h, -1, self.head_out), r.view(-1, self.out_size), b, g),
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(layout: Layout) -> tuple[int, ...]:
+    h, e, d, o, factored, output, residual, _ = layout
+    projection = e * h * d
+    return (
+        projection,
+        h * d,
+        projection if factored else 0,
+        projection if factored else 0,
+        0 if output == BARE else h * d * layout.head_out,
+        e * o if residual == PROJECTION else 0,
+        o,
+        o,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _numel(layout: Layout) -> int:
+    return sum(_sizes(layout))
 
 
 FORMS = ("auto", "folded", "factored")

@@ -5,8 +5,8 @@
 // scalars. What is left of a batch, and single requests, take the other layout: one sample, its rows in the lanes, its keys
 // scalars; the same code serves both.
 //
-// AUTOINT_F, _E, _O and _H make the shape known to the compiler; without them one build serves every shape. Both add in
-// the same order. AUTOINT_T is the dtype of x, out and their gradients: 0 float, 1 double, 2 bfloat16, 3 half.
+// With AUTOINT_F and the fields of a layout the shape is known to the compiler; without them one build serves every shape.
+// Both add in the same order. AUTOINT_T is the dtype of x, out and their gradients: 0 float, 1 double, 2 bfloat16, 3 half.
 
 #include <atomic>
 #include <cmath>
@@ -63,15 +63,33 @@ constexpr int ROWS = 3;
 #endif
 constexpr int COLUMNS = 4;
 
+// Fields, and a layout as in autoint_fast/weights.py: heads, embedding size, rank, output width, and what kind it is.
+enum Output { MERGED, CONCATENATED, BARE };
+enum Residual { NO_RESIDUAL, IDENTITY, PROJECTION };
+
 #ifdef AUTOINT_F
 struct Shape {
-    static constexpr int64_t f = AUTOINT_F, e = AUTOINT_E, o = AUTOINT_O, h = AUTOINT_H;
-};
+    static constexpr int64_t f = AUTOINT_F, h = AUTOINT_H, e = AUTOINT_E, d = AUTOINT_D, o = AUTOINT_O;
+    static constexpr bool factored = AUTOINT_FACTORED, relu = AUTOINT_RELU;
+    static constexpr int output = AUTOINT_OUTPUT, residual = AUTOINT_RESIDUAL;
+    static constexpr int64_t head_out = output == MERGED ? o : o / h;
+    explicit Shape(const int64_t*) {}
 #else
 struct Shape {
-    int64_t f, e, o, h;
-};
+    int64_t f, h, e, d, o;
+    bool factored, relu;
+    int output, residual;
+    int64_t head_out;
+    explicit Shape(const int64_t* p)
+        : f(p[0]), h(p[1]), e(p[2]), d(p[3]), o(p[4]), factored(p[5]), relu(p[8]), output(int(p[6])), residual(int(p[7])),
+          head_out(output == MERGED ? o : o / h) {}
 #endif
+
+    // The first output column that head i gives to.
+    int64_t column(int64_t i) const { return output == MERGED ? 0 : i * head_out; }
+    // Where the keys, or values, of head i begin among those of all.
+    int64_t keys(int64_t i) const { return factored ? i * f * d : 0; }
+};
 
 // --- a profile, in builds that ask for one ---------------------------------------------------------------------------
 
@@ -99,31 +117,54 @@ INLINE Vector broadcast(Real value) { return value - Vector{}; }
 
 INLINE Vector choose(Integers condition, Vector yes, Vector no) { return condition ? yes : no; }
 
+#if defined(__AVX512F__) && AUTOINT_LANE_BYTES == 64
+// x rounded to whole numbers, and x 2^exponent, zero where `below` is less than a bound.
+#if AUTOINT_T == 1
+INLINE Vector rounded(Vector x) { return __builtin_ia32_rndscalepd_mask(x, 0, x, -1, 4); }
+INLINE Vector scaled(Vector x, Vector exponent, Vector below, Real bound) {
+    return __builtin_ia32_scalefpd512_mask(x, exponent, Vector{}, __builtin_ia32_cmppd512_mask(below, broadcast(bound), 5, -1, 4), 4);
+}
+#else
+INLINE Vector rounded(Vector x) { return __builtin_ia32_rndscaleps_mask(x, 0, x, -1, 4); }
+INLINE Vector scaled(Vector x, Vector exponent, Vector below, Real bound) {
+    return __builtin_ia32_scalefps512_mask(x, exponent, Vector{}, __builtin_ia32_cmpps512_mask(below, broadcast(bound), 5, -1, 4), 4);
+}
+#endif
+#endif
+
 // 2^x for x <= 0, within 2 ulp (1 where the CPU fuses products and sums); zero below the normal numbers, NaN for NaN.
 INLINE Vector exp2(Vector x) {
 #if AUTOINT_T == 1
     constexpr Real c[] = {0.6931471805599453, 0.24022650695910097, 0.0555041086648216, 0.009618129107606888,
         0.0013333558146416936, 0.0001540353044173605, 1.525273382983612e-05, 1.321544258792169e-06, 1.0178062445845774e-07,
         7.072585949269223e-09, 4.4549605981865186e-10};
-    constexpr Real least = -1022, shift = 6755399441055744.0;
-    constexpr int mantissa = 52;
+    [[maybe_unused]] constexpr Real least = -1022, shift = 6755399441055744.0;
+    [[maybe_unused]] constexpr int mantissa = 52;
 #else
     constexpr Real c[] = {0.69314722539501108653f, 0.24022651084117293574f, 0.055502973141993247575f,
         0.0096180307825051537978f, 0.0013410000966100157069f, 0.00015469731977475548114f};
-    constexpr Real least = -126, shift = 12582912.0f;
-    constexpr int mantissa = 23;
+    [[maybe_unused]] constexpr Real least = -126, shift = 12582912.0f;
+    [[maybe_unused]] constexpr int mantissa = 23;
 #endif
     constexpr int degree = sizeof c / sizeof *c;
+#if defined(__AVX512F__) && AUTOINT_LANE_BYTES == 64
+    Vector whole = rounded(x);
+#else
     // In its last bits x + shift is x rounded to a whole number, ready to be added to an exponent.
-    Vector shifted = x + shift;
-    Vector rest = x - (shifted - shift);
+    Vector shifted = x + shift, whole = shifted - shift;
+#endif
+    Vector rest = x - whole;
     Vector sum = broadcast(c[degree - 1]);
 #pragma GCC unroll 16
     for (int i = degree - 2; i >= 0; --i) sum = sum * rest + c[i];
     sum = sum * rest + Real(1);
+#if defined(__AVX512F__) && AUTOINT_LANE_BYTES == 64
+    return scaled(sum, whole, x, least);
+#else
     // A product, as a NaN that is added to like a whole number may become a number.
     Vector power = (Vector)((Integers)broadcast(1) + ((Integers)shifted << mantissa));
     return choose(x < least, Vector{}, sum * power);
+#endif
 }
 
 // v with lane i in the place of lane i ^ distance.
@@ -195,7 +236,6 @@ INLINE Element to_element(Real value) {
 }
 #else
 INLINE Real to_real(Element t) { return t; }
-INLINE Element to_element(Real value) { return value; }
 #endif
 
 INLINE Vector load(const Element* from) {
@@ -208,13 +248,14 @@ INLINE Vector load(const Element* from) {
     return v;
 }
 
+INLINE void store(Real* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+INLINE void store_one(Real* to, Real value) { *to = value; }
+#if AUTOINT_T >= 2
 INLINE void store(Element* to, Vector v) {
-#if AUTOINT_T < 2
-    std::memcpy(to, &v, sizeof v);
-#else
     for (int i = 0; i < LANES; ++i) to[i] = to_element(v[i]);
-#endif
 }
+INLINE void store_one(Element* to, Real value) { *to = to_element(value); }
+#endif
 
 // A (B, F, N) tensor with any strides.
 struct Tensor {
@@ -236,21 +277,21 @@ INLINE void dispatch(int64_t n, Body&& body) {
     else if constexpr (N > 1) dispatch<N - 1>(n, body);
 }
 
-// body(size, first) for blocks of N and a smaller last one.
+// body(size, first) for blocks of N, and one by one for the rest: smaller blocks hardly gain, and take time to compile.
 template <int N, class Body>
 INLINE void blocks(int64_t n, Body&& body) {
     int64_t i = 0;
     for (; i + N <= n; i += N) body(Size<N>{}, i);
-    if constexpr (N > 1) dispatch<N - 1>(n - i, [&](auto size) { body(size, i); });
+    for (; i < n; ++i) body(Size<1>{}, i);
 }
 
-// body(size, first) for as few blocks of at most ROWS as there can be, none much smaller than the others.
-template <class Body>
+// body(size, first) for as few blocks of at most MOST as there can be, none much smaller than the others.
+template <int MOST = ROWS, class Body>
 INLINE void row_blocks(int64_t n, Body&& body) {
-    int64_t count = (n + ROWS - 1) / ROWS, more = n % count, small = n / count;
+    int64_t count = (n + MOST - 1) / MOST, more = n % count, small = n / count;
     for (int64_t i = 0; i < count; ++i) {
         int64_t first = i * small + (i < more ? i : more);
-        dispatch<ROWS>(small + (i < more), [&](auto size) { body(size, first); });
+        dispatch<MOST>(small + (i < more), [&](auto size) { body(size, first); });
     }
 }
 
@@ -309,12 +350,17 @@ INLINE void add(const Vector (&block)[R][C], Vector* to, int64_t stride) {
 // --- a call ----------------------------------------------------------------------------------------------------------
 
 struct Weights {
-    const Real *a, *c, *m, *r, *b, *g;  // as in autoint_fast/weights.py
+    const Real *a, *c, *k, *v, *m, *r, *b, *g, *end;  // as in autoint_fast/weights.py
 
     Weights(const Shape& s, const Real* packed)
-        : a(packed), c(a + s.e * s.h * s.e), m(c + s.h * s.e), r(m + s.h * s.e * s.o), b(r + s.e * s.o), g(b + s.o) {}
+        : a(packed), c(a + s.e * s.h * s.d), k(c + s.h * s.d), v(k + (s.factored ? s.e * s.h * s.d : 0)),
+          m(v + (s.factored ? s.e * s.h * s.d : 0)), r(m + (s.output == BARE ? 0 : s.h * s.d * s.head_out)),
+          b(r + (s.residual == PROJECTION ? s.e * s.o : 0)), g(b + s.o), end(g + s.o) {}
 
-    static int64_t size(const Shape& s) { return s.h * s.e * (s.e + 1 + s.o) + (s.e + 2) * s.o; }
+    static int64_t size(const Shape& s) {
+        Weights w(s, nullptr);
+        return w.end - w.a;
+    }
 };
 
 struct Mask {
@@ -383,7 +429,7 @@ INLINE void load_tile(Vector* tile, int64_t n, int64_t lanes, bool dense, Read r
     }
 }
 
-INLINE void load_samples(Vector* tile, const Tensor& t, int64_t fields, int64_t width, int64_t first, int64_t lanes) {
+SHARED void load_samples(Vector* tile, const Tensor& t, int64_t fields, int64_t width, int64_t first, int64_t lanes) {
     const Element* data = t.data + first * t.sb;
     load_tile(
         tile, fields * width, lanes, t.dense(width),
@@ -392,7 +438,8 @@ INLINE void load_samples(Vector* tile, const Tensor& t, int64_t fields, int64_t 
 }
 
 // tile[0 .. n) to out[lane * stride + ...].
-INLINE void store_tile(const Vector* tile, int64_t n, int64_t lanes, Element* out, int64_t stride) {
+template <class Number>
+SHARED void store_tile(const Vector* tile, int64_t n, int64_t lanes, Number* out, int64_t stride) {
     if (n >= LANES) {
         for (int64_t i = 0; i < n; i += LANES) {
             int64_t from = i + LANES <= n ? i : n - LANES;
@@ -406,7 +453,7 @@ INLINE void store_tile(const Vector* tile, int64_t n, int64_t lanes, Element* ou
         }
     } else {
         for (int64_t i = 0; i < n; ++i)
-            for (int64_t lane = 0; lane < lanes; ++lane) out[lane * stride + i] = to_element(tile[i][lane]);
+            for (int64_t lane = 0; lane < lanes; ++lane) store_one(out + lane * stride + i, tile[i][lane]);
     }
 }
 
@@ -447,37 +494,44 @@ struct Hidden {
 
 // to [R, N] += rows [R, K] weights, the weight (k, n) at k * k_stride + n * n_stride.
 template <int R>
-SHARED void project(const Vector* rows, int64_t K, const Real* weights, int64_t k_stride, int64_t n_stride, Vector* to,
-                    int64_t N) {
+SHARED void project(const Vector* rows, int64_t row_stride, int64_t K, const Real* weights, int64_t k_stride, int64_t n_stride,
+                    Vector* to, int64_t to_stride, int64_t N) {
     blocks<COLUMNS>(N, [&](auto size, int64_t n) {
         const Real* w = weights + n * n_stride;
         Vector sums[R][size()] = {};
         multiply_long(
-            sums, K, [&](int r, int64_t k) { return rows[r * K + k]; },
+            sums, K, [&](int r, int64_t k) { return rows[r * row_stride + k]; },
             [&](int64_t k, int c) { return w[k * k_stride + c * n_stride]; });
-        add(sums, to + n, N);
+        add(sums, to + n, to_stride);
     });
 }
 
-// q = x A_h + c_h of a block of rows. [R, E]
+// q = x a_h + c_h of a block of rows. [R, D]
 template <int R>
 INLINE void queries(const Shape& s, const Weights& w, const Vector* x_rows, int64_t h, Vector* q) {
     for (int r = 0; r < R; ++r)
-        for (int64_t e = 0; e < s.e; ++e) q[r * s.e + e] = broadcast(w.c[h * s.e + e]);
-    project<R>(x_rows, s.e, w.a + h * s.e, s.h * s.e, 1, q, s.e);
+        for (int64_t d = 0; d < s.d; ++d) q[r * s.d + d] = broadcast(w.c[h * s.d + d]);
+    project<R>(x_rows, s.e, s.e, w.a + h * s.d, s.h * s.d, 1, q, s.d, s.d);
 }
 
-// p = 2^(q x^T), not normalised, keys first [F, R], and the reciprocals of its sums: 0 for rows that see no key.
+// The keys, or values, of head h of a block of rows. [R, D]
+template <int R>
+INLINE void head_rows(const Shape& s, const Real* weights, const Vector* x_rows, int64_t h, Vector* to) {
+    std::memset((void*)to, 0, R * s.d * sizeof(Vector));
+    project<R>(x_rows, s.e, s.e, weights + h * s.d, s.h * s.d, 1, to, s.d, s.d);
+}
+
+// p = 2^(q keys^T), not normalised, keys first [F, R], and the reciprocals of its sums: 0 for rows that see no key.
 // Keys are vectors, or scalars that all lanes share.
 template <int R, class Key>
-SHARED void attend(const Shape& s, const Key* x, const Vector* q, const Hidden& hidden, Vector* p, Vector (&scale)[R]) {
+SHARED void attend(const Shape& s, const Key* keys, const Vector* q, const Hidden& hidden, Vector* p, Vector (&scale)[R]) {
     Vector top[R];
     for (int r = 0; r < R; ++r) top[r] = broadcast(-INF);
     blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
         Vector sums[R][size()] = {};
         multiply(
-            sums, s.e, [&](int r, int64_t k) { return q[r * s.e + k]; },
-            [&](int64_t k, int c) { return x[(t + c) * s.e + k]; });
+            sums, s.d, [&](int r, int64_t k) { return q[r * s.d + k]; },
+            [&](int64_t k, int c) { return keys[(t + c) * s.d + k]; });
         for (int c = 0; c < size; ++c)
             for (int r = 0; r < R; ++r) {
                 Vector score = sums[r][c];
@@ -509,60 +563,80 @@ SHARED void attend(const Shape& s, const Key* x, const Vector* q, const Hidden& 
     mark(EXP);
 }
 
-// The rows of p^T x, each times its scale. [R, E]
+// The rows of p^T values, each times its scale. [R, D]
 template <int R, class Key>
-SHARED void weigh(const Shape& s, const Key* x, const Vector* p, const Vector (&scale)[R], Vector* z) {
-    blocks<COLUMNS>(s.e, [&](auto size, int64_t e) {
+SHARED void weigh(const Shape& s, const Key* values, const Vector* p, const Vector (&scale)[R], Vector* z) {
+    blocks<COLUMNS>(s.d, [&](auto size, int64_t d) {
         Vector sums[R][size()] = {};
         multiply_long(
             sums, s.f, [&](int r, int64_t t) { return p[t * R + r]; },
-            [&](int64_t t, int c) { return x[t * s.e + e + c]; });
+            [&](int64_t t, int c) { return values[t * s.d + d + c]; });
         for (int c = 0; c < size; ++c)
             for (int r = 0; r < R; ++r) sums[r][c] *= scale[r];
-        write(sums, z + e, s.e);
+        write(sums, z + d, s.d);
     });
 }
 
-// A block of rows, layer and relu. y: [R, O]
+// A block of rows of the layer. y: [R, O]; keys and values of all heads [H, F, D], or those that all heads share [F, E].
 template <int R, class Key>
-void forward_rows(const Shape& s, const Weights& w, const Vector* x_rows, const Key* x, const Hidden& hidden, Vector* y,
-                  Pieces pieces) {
-    Vector *q = pieces.take(R * s.e), *z = pieces.take(R * s.e), *p = pieces.take(R * s.f);
+void forward_rows(const Shape& s, const Weights& w, const Vector* x_rows, const Key* keys, const Key* values,
+                  const Hidden& hidden, Vector* y, Pieces pieces) {
+    Vector *q = pieces.take(R * s.d), *z = pieces.take(R * s.d), *p = pieces.take(R * s.f);
     for (int r = 0; r < R; ++r)
         for (int64_t o = 0; o < s.o; ++o) {
             Vector g = broadcast(w.g[o]);
             y[r * s.o + o] = w.b[o] + (hidden.table ? choose(hidden.empty[r], Vector{}, g) : g);
         }
-    project<R>(x_rows, s.e, w.r, s.o, 1, y, s.o);
+    if (s.residual == PROJECTION) project<R>(x_rows, s.e, s.e, w.r, s.o, 1, y, s.o, s.o);
+    if (s.residual == IDENTITY)
+        for (int64_t i = 0; i < R * s.o; ++i) y[i] += x_rows[i];
     for (int64_t h = 0; h < s.h; ++h) {
         queries<R>(s, w, x_rows, h, q);
         mark(PROJECT);
         Vector scale[R];
-        attend(s, x, q, hidden, p, scale);
-        weigh(s, x, p, scale, z);
+        attend(s, keys + s.keys(h), q, hidden, p, scale);
+        weigh(s, values + s.keys(h), p, scale, z);
         mark(VALUES);
-        project<R>(z, s.e, w.m + h * s.e * s.o, s.o, 1, y, s.o);
+        Vector* y_h = y + s.column(h);
+        if (s.output == BARE)
+            for (int r = 0; r < R; ++r)
+                for (int64_t d = 0; d < s.d; ++d) y_h[r * s.o + d] += z[r * s.d + d];
+        else project<R>(z, s.d, s.d, w.m + h * s.d * s.head_out, s.head_out, 1, y_h, s.o, s.head_out);
         mark(PROJECT);
     }
     // NaN stays NaN.
-    for (int64_t i = 0; i < R * s.o; ++i) y[i] = choose(y[i] < Vector{}, Vector{}, y[i]);
+    if (s.relu)
+        for (int64_t i = 0; i < R * s.o; ++i) y[i] = choose(y[i] < Vector{}, Vector{}, y[i]);
 }
 
+// Vectors of the keys and values of a tile, all heads, where they are not x.
+int64_t factor_vectors(const Shape& s) { return s.factored ? 2 * s.h * s.f * s.d : 0; }
+
 int64_t forward_vectors(const Shape& s) {
-    return s.f * (s.e + 1) + ROWS * (2 * s.e + s.o + 2 * s.f);
+    return s.f * (s.e + 1) + factor_vectors(s) + ROWS * (2 * s.d + s.o + 2 * s.f);
 }
 
 void forward_group(const Forward& call, int64_t first, int64_t lanes) {
     const Shape& s = call.s;
     Pieces pieces{(Vector*)arena.reserve(forward_vectors(s) * sizeof(Vector))};
     Vector *x = pieces.take(s.f * s.e), *y = pieces.take(ROWS * s.o), *masks = pieces.take(ROWS * s.f);
+    Vector *keys = x, *values = x;
     load_samples(x, call.x, s.f, s.e, first, lanes);
     Hidden hidden;
     if (call.mask.data && call.mask.sq == 0) hidden.read_samples(s, call.mask, first, lanes, 0, ROWS, masks);
     mark(LOAD);
+    if (s.factored) {
+        keys = pieces.take(s.h * s.f * s.d), values = pieces.take(s.h * s.f * s.d);
+        row_blocks(s.f, [&](auto size, int64_t row) {
+            for (int64_t h = 0; h < s.h; ++h) {
+                head_rows<size>(s, call.w.k, x + row * s.e, h, keys + s.keys(h) + row * s.d);
+                head_rows<size>(s, call.w.v, x + row * s.e, h, values + s.keys(h) + row * s.d);
+            }
+        });
+    }
     row_blocks(s.f, [&](auto size, int64_t row) {
         if (call.mask.data && call.mask.sq != 0) hidden.read_samples(s, call.mask, first, lanes, row, size, masks);
-        forward_rows<size>(s, call.w, x + row * s.e, x, hidden, y, pieces);
+        forward_rows<size>(s, call.w, x + row * s.e, keys, values, hidden, y, pieces);
         store_tile(y, size * s.o, lanes, call.out + (first * s.f + row) * s.o, s.f * s.o);
         mark(STORE);
     });
@@ -570,26 +644,52 @@ void forward_group(const Forward& call, int64_t first, int64_t lanes) {
 
 // --- one sample, its rows in the lanes -------------------------------------------------------------------------------
 
+// Vectors of rows at a time: enough to keep the arithmetic busy, as keys come as scalars.
+constexpr int FEW_ROWS = 3;
+
 constexpr int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 
 int64_t forward_one_vectors(const Shape& s) {
-    return ROWS * (3 * s.e + s.o + 2 * s.f) + vectors(s.f * s.e);
+    return ROWS * (s.e + 3 * s.d + s.o + 2 * s.f) + vectors(s.f * s.e) + vectors(factor_vectors(s));
 }
 
 void forward_one(const Forward& call, int64_t sample) {
     const Shape& s = call.s;
     Pieces pieces{(Vector*)arena.reserve(forward_one_vectors(s) * sizeof(Vector))};
     Vector *x_rows = pieces.take(ROWS * s.e), *y = pieces.take(ROWS * s.o), *masks = pieces.take(ROWS * s.f);
-    Real* keys = (Real*)pieces.take(vectors(s.f * s.e));
     const Element* x = call.x.data + sample * call.x.sb;
-    for (int64_t f = 0; f < s.f; ++f)
-        for (int64_t e = 0; e < s.e; ++e) keys[f * s.e + e] = to_real(x[f * call.x.sf + e * call.x.se]);
     // Rows as if each were a sample of one field.
     const Tensor rows{x, call.x.sf, s.e, call.x.se};
-    row_blocks(vectors(s.f), [&](auto size, int64_t block) {
-        auto count = [&](int64_t first) { return s.f - first < LANES ? s.f - first : LANES; };
-        for (int r = 0; r < size; ++r)
+    auto count = [&](int64_t first) { return s.f - first < LANES ? s.f - first : LANES; };
+    auto load_rows = [&](int64_t n, int64_t block) {
+        for (int64_t r = 0; r < n; ++r)
             load_samples(x_rows + r * s.e, rows, 1, s.e, (block + r) * LANES, count((block + r) * LANES));
+    };
+    Real *keys, *values;
+    if (s.factored) {
+        keys = (Real*)pieces.take(vectors(factor_vectors(s))), values = keys + s.h * s.f * s.d;
+        row_blocks<FEW_ROWS>(vectors(s.f), [&](auto size, int64_t block) {
+            load_rows(size, block);
+            auto project_rows = [&](const Real* weights, Real* to) {
+                Vector* projected = pieces.next;
+                for (int64_t h = 0; h < s.h; ++h) {
+                    head_rows<size>(s, weights, x_rows, h, projected);
+                    for (int r = 0; r < size; ++r) {
+                        const int64_t row = (block + r) * LANES;
+                        store_tile(projected + r * s.d, s.d, count(row), to + s.keys(h) + row * s.d, s.d);
+                    }
+                }
+            };
+            project_rows(call.w.k, keys);
+            project_rows(call.w.v, values);
+        });
+    } else {
+        keys = values = (Real*)pieces.take(vectors(s.f * s.e));
+        for (int64_t f = 0; f < s.f; ++f)
+            for (int64_t e = 0; e < s.e; ++e) keys[f * s.e + e] = to_real(x[f * call.x.sf + e * call.x.se]);
+    }
+    row_blocks<FEW_ROWS>(vectors(s.f), [&](auto size, int64_t block) {
+        load_rows(size, block);
         Hidden hidden;
         if (call.mask.data)
             hidden.read(size, s.f, LANES, call.mask.sq != 0, call.mask.sq == 0, masks,
@@ -598,7 +698,7 @@ void forward_one(const Forward& call, int64_t sample) {
                             return row < s.f && call.mask.hidden(sample, row, t);
                         });
         mark(LOAD);
-        forward_rows<size>(s, call.w, x_rows, (const Real*)keys, hidden, y, pieces);
+        forward_rows<size>(s, call.w, x_rows, (const Real*)keys, (const Real*)values, hidden, y, pieces);
         for (int r = 0; r < size; ++r) {
             const int64_t row = (block + r) * LANES;
             store_tile(y + r * s.o, s.o, count(row), call.out + (sample * s.f + row) * s.o, s.o);
@@ -636,14 +736,16 @@ INLINE void outer(int64_t fields, const Vector* a, int64_t m, int64_t a_stride, 
     });
 }
 
-// What a thread works with: tiles of a group of samples, and its sums of weight gradients, lane by lane. Blocks of rows
-// give to `recent`, whose sums go on to d_x when they get long.
+// What a thread works with: tiles of a group of samples, and its sums of weight gradients, lane by lane. Keys and values,
+// and their gradients, are those of a head, or x and d_x. Blocks of rows give to `recent` tiles, whose sums go on when they
+// get long.
 struct Tiles {
-    Vector *x, *d_y, *d_x, *recent, *z, *d_q, *sums;
+    Vector *x, *d_y, *d_x, *z, *d_q, *sums;
+    Vector *keys, *values, *d_keys, *d_values, *recent_keys, *recent_values;
 };
 
 int64_t backward_vectors(const Shape& s) {
-    return s.f * (5 * s.e + s.o + 1) + Weights::size(s) + ROWS * (2 * s.e + 3 * s.f);
+    return s.f * (3 * s.e + s.o + 1 + 2 * s.d + (s.factored ? 6 * s.d : 0)) + Weights::size(s) + ROWS * (2 * s.d + 3 * s.f);
 }
 
 // to[i] += the sum of column i of a matrix.
@@ -659,70 +761,102 @@ INLINE void add_rows(const Vector* from, int64_t rows, int64_t width, Vector* to
     }
 }
 
+// to [F, D] += p^T rows [R, D], and where there are two, that of both.
+template <int R>
+INLINE void give(const Shape& s, Vector* to, const Vector* p, const Vector* rows, const Vector* also_p = nullptr,
+                 const Vector* also_rows = nullptr) {
+    blocks<COLUMNS>(s.f, [&](auto keys, int64_t t) {
+        blocks<COLUMNS>(s.d, [&](auto columns, int64_t d) {
+            Vector sums[keys()][columns()] = {};
+            multiply(
+                sums, R, [&](int i, int64_t r) { return p[(t + i) * R + r]; },
+                [&](int64_t r, int c) { return rows[r * s.d + d + c]; });
+            if (also_p)
+                multiply(
+                    sums, R, [&](int i, int64_t r) { return also_p[(t + i) * R + r]; },
+                    [&](int64_t r, int c) { return also_rows[r * s.d + d + c]; });
+            add(sums, to + t * s.d + d, s.d);
+        });
+    });
+}
+
 template <int R>
 void backward_rows(const Backward& call, int64_t first, int64_t lanes, int64_t row, int64_t h, const Tiles& tiles,
                    Hidden& hidden, Pieces pieces) {
     const Shape& s = call.s;
     const Weights& w = call.w;
-    const Vector *x = tiles.x, *x_rows = x + row * s.e, *d_y = tiles.d_y + row * s.o;
+    const Vector *x_rows = tiles.x + row * s.e, *d_y = tiles.d_y + row * s.o + s.column(h);
+    const bool scores = call.needs & (INPUT | SCORES_WEIGHTS);
+    const bool values = call.needs & INPUT || (s.factored && call.needs & VALUES_WEIGHTS);
     if (call.mask.data && call.mask.sq != 0)
         hidden.read_samples(s, call.mask, first, lanes, row, R, pieces.take(R * s.f));
-    Vector *q = pieces.take(R * s.e), *d_z = pieces.take(R * s.e);
-    Vector *p = pieces.take(R * s.f), *d_s = pieces.take(R * s.f), *d_q = tiles.d_q + row * s.e;
+    Vector *q = pieces.take(R * s.d), *d_z = pieces.take(R * s.d);
+    Vector *p = pieces.take(R * s.f), *d_s = pieces.take(R * s.f), *d_q = tiles.d_q + row * s.d;
     Vector scale[R];
     queries<R>(s, w, x_rows, h, q);
     mark(PROJECT);
-    attend(s, x, q, hidden, p, scale);
-    if (call.needs & VALUES_WEIGHTS) weigh(s, x, p, scale, tiles.z + row * s.e);
+    attend(s, tiles.keys, q, hidden, p, scale);
+    if (call.needs & VALUES_WEIGHTS && s.output != BARE) weigh(s, tiles.values, p, scale, tiles.z + row * s.d);
     mark(VALUES);
-    if (!(call.needs & (INPUT | SCORES_WEIGHTS))) return;
+    if (!scores && !values) return;
     // p is not normalised, so dz is scaled instead; dP and delta follow.
-    std::memset((void*)d_z, 0, R * s.e * sizeof(Vector));
-    project<R>(d_y, s.o, w.m + h * s.e * s.o, 1, s.o, d_z, s.e);
-    for (int r = 0; r < R; ++r)
-        for (int64_t e = 0; e < s.e; ++e) d_z[r * s.e + e] *= scale[r];
-    Vector delta[R] = {};
-    blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
-        Vector sums[R][size()] = {};
-        multiply(
-            sums, s.e, [&](int r, int64_t k) { return d_z[r * s.e + k]; },
-            [&](int64_t k, int c) { return x[(t + c) * s.e + k]; });
-        for (int r = 0; r < R; ++r) {
-            Vector sum{};
-            for (int c = 0; c < size; ++c) {
-                d_s[(t + c) * R + r] = sums[r][c];
-                sum += p[(t + c) * R + r] * sums[r][c];
-            }
-            delta[r] += sum;
-        }
-    });
-    for (int r = 0; r < R; ++r) {
-        delta[r] *= scale[r];
-        // Or some builds fuse this with the subtraction below, and others, which then round otherwise, do not.
-        asm("" : "+m"(delta[r]));
+    if (s.output == BARE)
+        for (int r = 0; r < R; ++r)
+            for (int64_t d = 0; d < s.d; ++d) d_z[r * s.d + d] = d_y[r * s.o + d];
+    else {
+        std::memset((void*)d_z, 0, R * s.d * sizeof(Vector));
+        project<R>(d_y, s.o, s.head_out, w.m + h * s.d * s.head_out, 1, s.head_out, d_z, s.d, s.d);
     }
-    for (int64_t t = 0; t < s.f; ++t)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) d_s[t * R + r] = p[t * R + r] * ((d_s[t * R + r] - delta[r]) * LN2);
-    Vector one[R];
-    for (int r = 0; r < R; ++r) one[r] = broadcast(1);
-    weigh(s, x, d_s, one, d_q);
-    if (call.needs & INPUT) {
-        blocks<COLUMNS>(s.f, [&](auto rows, int64_t t) {
-            blocks<COLUMNS>(s.e, [&](auto columns, int64_t e) {
-                Vector sums[rows()][columns()] = {};
-                multiply(
-                    sums, R, [&](int i, int64_t r) { return p[(t + i) * R + r]; },
-                    [&](int64_t r, int c) { return d_z[r * s.e + e + c]; });
-                multiply(
-                    sums, R, [&](int i, int64_t r) { return d_s[(t + i) * R + r]; },
-                    [&](int64_t r, int c) { return q[r * s.e + e + c]; });
-                add(sums, tiles.recent + t * s.e + e, s.e);
-            });
+    for (int r = 0; r < R; ++r)
+        for (int64_t d = 0; d < s.d; ++d) d_z[r * s.d + d] *= scale[r];
+    if (scores) {
+        Vector delta[R] = {};
+        blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
+            Vector sums[R][size()] = {};
+            multiply(
+                sums, s.d, [&](int r, int64_t k) { return d_z[r * s.d + k]; },
+                [&](int64_t k, int c) { return tiles.values[(t + c) * s.d + k]; });
+            for (int r = 0; r < R; ++r) {
+                Vector sum{};
+                for (int c = 0; c < size; ++c) {
+                    d_s[(t + c) * R + r] = sums[r][c];
+                    sum += p[(t + c) * R + r] * sums[r][c];
+                }
+                delta[r] += sum;
+            }
         });
-        project<R>(d_q, s.e, w.a + h * s.e, 1, s.h * s.e, tiles.d_x + row * s.e, s.e);
+        for (int r = 0; r < R; ++r) {
+            delta[r] *= scale[r];
+            // Or some builds fuse this with the subtraction below, and others, which then round otherwise, do not.
+            asm("" : "+m"(delta[r]));
+        }
+        for (int64_t t = 0; t < s.f; ++t)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) d_s[t * R + r] = p[t * R + r] * ((d_s[t * R + r] - delta[r]) * LN2);
+        Vector one[R];
+        for (int r = 0; r < R; ++r) one[r] = broadcast(1);
+        weigh(s, tiles.keys, d_s, one, d_q);
+        if (call.needs & INPUT)
+            project<R>(d_q, s.d, s.d, w.a + h * s.d, 1, s.h * s.d, tiles.d_x + row * s.e, s.e, s.e);
+    }
+    if (!s.factored) {
+        if (values) give<R>(s, tiles.recent_keys, p, d_z, d_s, q);
+    } else {
+        if (scores) give<R>(s, tiles.recent_keys, d_s, q);
+        if (values) give<R>(s, tiles.recent_values, p, d_z);
     }
     mark(GRADIENTS);
+}
+
+// What the gradients of a head's keys or values give to those of its projection and of x.
+void pass_to_projection(const Backward& call, const Tiles& tiles, const Real* weights, const Vector* gradients, bool needed,
+                        Vector* sums, int64_t h) {
+    const Shape& s = call.s;
+    if (needed) outer(s.f, tiles.x, s.e, s.e, gradients, s.d, s.d, sums + h * s.d, s.h * s.d);
+    if (call.needs & INPUT)
+        row_blocks(s.f, [&](auto size, int64_t row) {
+            project<size>(gradients + row * s.d, s.d, s.d, weights + h * s.d, 1, s.h * s.d, tiles.d_x + row * s.e, s.e, s.e);
+        });
 }
 
 void backward_group(const Backward& call, int64_t first, int64_t lanes, const Tiles& tiles, Pieces pieces) {
@@ -731,17 +865,19 @@ void backward_group(const Backward& call, int64_t first, int64_t lanes, const Ti
     load_samples(tiles.x, call.x, s.f, s.e, first, lanes);
     const Element *grad = call.grad.data + first * call.grad.sb, *out = call.out + first * s.f * s.o;
     const int64_t out_stride = s.f * s.o;
-    // As in torch's relu, a NaN output lets its gradient pass.
-    load_tile(
-        tiles.d_y, s.f * s.o, lanes, call.grad.dense(s.o),
-        [&](int64_t lane, int64_t i) {
-            return choose(load(out + lane * out_stride + i) <= Vector{}, Vector{}, load(grad + lane * call.grad.sb + i));
-        },
-        [&](int64_t lane, int64_t i) {
-            bool passed = !(to_real(out[lane * out_stride + i]) <= 0);
-            int64_t at = lane * call.grad.sb + i / s.o * call.grad.sf + i % s.o * call.grad.se;
-            return passed ? to_real(grad[at]) : Real(0);
-        });
+    if (s.relu)
+        // As in torch's relu, a NaN output lets its gradient pass.
+        load_tile(
+            tiles.d_y, s.f * s.o, lanes, call.grad.dense(s.o),
+            [&](int64_t lane, int64_t i) {
+                return choose(load(out + lane * out_stride + i) <= Vector{}, Vector{}, load(grad + lane * call.grad.sb + i));
+            },
+            [&](int64_t lane, int64_t i) {
+                bool passed = !(to_real(out[lane * out_stride + i]) <= 0);
+                int64_t at = lane * call.grad.sb + i / s.o * call.grad.sf + i % s.o * call.grad.se;
+                return passed ? to_real(grad[at]) : Real(0);
+            });
+    else load_samples(tiles.d_y, call.grad, s.f, s.o, first, lanes);
     Hidden hidden;
     if (call.mask.data && call.mask.sq == 0) hidden.read_samples(s, call.mask, first, lanes, 0, ROWS, pieces.take(s.f));
     Weights at(s, nullptr);
@@ -762,37 +898,63 @@ void backward_group(const Backward& call, int64_t first, int64_t lanes, const Ti
                 }
             });
     }
-    if (call.needs & RESIDUAL) outer(s.f, tiles.x, s.e, s.e, tiles.d_y, s.o, s.o, sums_of(at.r), s.o);
+    if (call.needs & RESIDUAL && s.residual == PROJECTION)
+        outer(s.f, tiles.x, s.e, s.e, tiles.d_y, s.o, s.o, sums_of(at.r), s.o);
+    const int64_t size = s.f * s.d * sizeof(Vector);
     if (call.needs & INPUT) {
-        std::memset((void*)tiles.d_x, 0, s.f * s.e * sizeof(Vector));
-        std::memset((void*)tiles.recent, 0, s.f * s.e * sizeof(Vector));
-        row_blocks(s.f, [&](auto size, int64_t row) {
-            project<size>(tiles.d_y + row * s.o, s.o, w.r, 1, s.o, tiles.d_x + row * s.e, s.e);
-        });
+        if (s.residual == IDENTITY) std::memcpy((void*)tiles.d_x, (const void*)tiles.d_y, s.f * s.e * sizeof(Vector));
+        else std::memset((void*)tiles.d_x, 0, s.f * s.e * sizeof(Vector));
+        if (s.residual == PROJECTION)
+            row_blocks(s.f, [&](auto size, int64_t row) {
+                project<size>(tiles.d_y + row * s.o, s.o, s.o, w.r, 1, s.o, tiles.d_x + row * s.e, s.e, s.e);
+            });
     }
     mark(PROJECT);
     constexpr int LONG = 8;
     int recent = 0;
     auto pass_on = [&] {
-        for (int64_t i = 0; recent && i < s.f * s.e; ++i) tiles.d_x[i] += std::exchange(tiles.recent[i], Vector{});
+        for (int64_t i = 0; recent && i < s.f * s.d; ++i) {
+            tiles.d_keys[i] += std::exchange(tiles.recent_keys[i], Vector{});
+            if (s.factored) tiles.d_values[i] += std::exchange(tiles.recent_values[i], Vector{});
+        }
         recent = 0;
     };
+    std::memset((void*)tiles.recent_keys, 0, size);
+    if (s.factored) std::memset((void*)tiles.recent_values, 0, size);
     if (call.needs & (INPUT | SCORES_WEIGHTS | VALUES_WEIGHTS))
         for (int64_t h = 0; h < s.h; ++h) {
+            if (s.factored) {
+                row_blocks(s.f, [&](auto size, int64_t row) {
+                    head_rows<size>(s, w.k, tiles.x + row * s.e, h, tiles.keys + row * s.d);
+                    head_rows<size>(s, w.v, tiles.x + row * s.e, h, tiles.values + row * s.d);
+                });
+                std::memset((void*)tiles.d_keys, 0, size);
+                std::memset((void*)tiles.d_values, 0, size);
+            }
             row_blocks(s.f, [&](auto size, int64_t row) {
                 backward_rows<size>(call, first, lanes, row, h, tiles, hidden, pieces);
-                if (call.needs & INPUT && ++recent == LONG) pass_on();
+                if ((call.needs & INPUT || s.factored) && ++recent == LONG) pass_on();
             });
-            if (call.needs & VALUES_WEIGHTS)
-                outer(s.f, tiles.z, s.e, s.e, tiles.d_y, s.o, s.o, sums_of(at.m) + h * s.e * s.o, s.o);
+            if (call.needs & VALUES_WEIGHTS && s.output != BARE)
+                outer(s.f, tiles.z, s.d, s.d, tiles.d_y + s.column(h), s.head_out, s.o,
+                      sums_of(at.m) + h * s.d * s.head_out, s.head_out);
             if (call.needs & SCORES_WEIGHTS) {
-                outer(s.f, tiles.x, s.e, s.e, tiles.d_q, s.e, s.e, sums_of(at.a) + h * s.e, s.h * s.e);
-                add_rows(tiles.d_q, s.f, s.e, sums_of(at.c) + h * s.e);
+                outer(s.f, tiles.x, s.e, s.e, tiles.d_q, s.d, s.d, sums_of(at.a) + h * s.d, s.h * s.d);
+                add_rows(tiles.d_q, s.f, s.d, sums_of(at.c) + h * s.d);
+            }
+            if (s.factored) {
+                pass_on();
+                if (call.needs & (INPUT | SCORES_WEIGHTS))
+                    pass_to_projection(call, tiles, w.k, tiles.d_keys, call.needs & SCORES_WEIGHTS, sums_of(at.k), h);
+                if (call.needs & (INPUT | VALUES_WEIGHTS))
+                    pass_to_projection(call, tiles, w.v, tiles.d_values, call.needs & VALUES_WEIGHTS, sums_of(at.v), h);
             }
             mark(PROJECT);
         }
-    pass_on();
-    if (call.needs & INPUT) store_tile(tiles.d_x, s.f * s.e, lanes, call.d_x + first * s.f * s.e, s.f * s.e);
+    if (call.needs & INPUT) {
+        pass_on();
+        store_tile(tiles.d_x, s.f * s.e, lanes, call.d_x + first * s.f * s.e, s.f * s.e);
+    }
     mark(STORE);
 }
 
@@ -802,8 +964,16 @@ void backward_chunk(const Backward& call, int64_t chunk, int64_t groups_per_chun
     Pieces pieces{(Vector*)arena.reserve(backward_vectors(s) * sizeof(Vector))};
     Tiles tiles;
     tiles.x = pieces.take(s.f * s.e), tiles.d_y = pieces.take(s.f * s.o), tiles.d_x = pieces.take(s.f * s.e);
-    tiles.recent = pieces.take(s.f * s.e);
-    tiles.z = pieces.take(s.f * s.e), tiles.d_q = pieces.take(s.f * s.e), tiles.sums = pieces.take(Weights::size(s));
+    tiles.recent_keys = pieces.take(s.f * s.d);
+    tiles.z = pieces.take(s.f * s.d), tiles.d_q = pieces.take(s.f * s.d), tiles.sums = pieces.take(Weights::size(s));
+    if (s.factored) {
+        tiles.keys = pieces.take(s.f * s.d), tiles.values = pieces.take(s.f * s.d);
+        tiles.d_keys = pieces.take(s.f * s.d), tiles.d_values = pieces.take(s.f * s.d);
+        tiles.recent_values = pieces.take(s.f * s.d);
+    } else {
+        tiles.keys = tiles.values = tiles.x, tiles.d_keys = tiles.d_values = tiles.d_x;
+        tiles.recent_values = tiles.recent_keys;
+    }
     std::memset((void*)tiles.sums, 0, Weights::size(s) * sizeof(Vector));
     const int64_t begin = chunk * groups_per_chunk * LANES;
     for (int64_t first = begin; first < call.batch && first < begin + groups_per_chunk * LANES; first += LANES)
@@ -813,42 +983,70 @@ void backward_chunk(const Backward& call, int64_t chunk, int64_t groups_per_chun
 
 // --- folding, for parameters in the dtype of the folded weights -------------------------------------------------------
 
-// to [M, N] = scale * sum over k of a(k, m) b(k, n), both rows of matrices with a step from row to row
-INLINE void transposed_product(int64_t K, int64_t M, int64_t N, const Real* __restrict a, int64_t a_step,
-                               const Real* __restrict b, int64_t b_step, Real scale, Real* __restrict to, int64_t to_step) {
-    for (int64_t m = 0; m < M; ++m) {
-        Real* row = to + m * to_step;
-        for (int64_t n = 0; n < N; ++n) row[n] = 0;
+struct Matrix {
+    const Real* data;
+    int64_t row, column;  // strides
+
+    Matrix transposed() const { return {data, column, row}; }
+    Matrix from_row(int64_t i) const { return {data + i * row, row, column}; }
+    Matrix from_column(int64_t i) const { return {data + i * column, row, column}; }
+};
+
+// to [M, N] (+)= scale a^T b. a: [K, M], b: [K, N].
+void product(int64_t K, int64_t M, int64_t N, Matrix a, Matrix b, Real scale, Real* to, int64_t to_row, bool more = false) {
+    Vector* panel = (Vector*)arena.reserve(K * sizeof(Vector));
+    for (int64_t n = 0; n < N; n += LANES) {
+        const int64_t width = N - n < LANES ? N - n : LANES;
         for (int64_t k = 0; k < K; ++k) {
-            const Real factor = a[k * a_step + m] * scale;
-            for (int64_t n = 0; n < N; ++n) row[n] += factor * b[k * b_step + n];
+            const Real* row = b.data + k * b.row + n * b.column;
+            Vector v{};
+            if (b.column == 1 && width == LANES) std::memcpy(&v, row, sizeof v);
+            else
+                for (int64_t i = 0; i < width; ++i) v[i] = row[i * b.column];
+            panel[k] = v * scale;
         }
+        blocks<COLUMNS>(M, [&](auto size, int64_t m) {
+            Vector sums[size()][1] = {};
+            multiply(
+                sums, K, [&](int r, int64_t k) { return a.data[k * a.row + (m + r) * a.column]; },
+                [&](int64_t k, int) { return panel[k]; });
+            for (int r = 0; r < size; ++r) {
+                Real* row = to + (m + r) * to_row + n;
+                for (int64_t i = 0; i < width; ++i) row[i] = more ? row[i] + sums[r][0][i] : sums[r][0][i];
+            }
+        });
     }
 }
 
-// to [M, N] = scale * sum over k of a(m, k) b(k, n)
-INLINE void product(int64_t K, int64_t M, int64_t N, const Real* __restrict a, int64_t a_step,
-                    const Real* __restrict b, int64_t b_step, Real scale, Real* __restrict to, int64_t to_step) {
-    for (int64_t m = 0; m < M; ++m) {
-        Real* row = to + m * to_step;
-        for (int64_t n = 0; n < N; ++n) row[n] = 0;
-        for (int64_t k = 0; k < K; ++k) {
-            const Real factor = a[m * a_step + k] * scale;
-            for (int64_t n = 0; n < N; ++n) row[n] += factor * b[k * b_step + n];
-        }
-    }
-}
-
-INLINE Real dot(int64_t n, const Real* a, const Real* b) {
-    Real sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
-INLINE void transpose(int64_t M, int64_t N, const Real* from, int64_t from_step, Real* to, int64_t to_step) {
+// to [M, N] = scale from
+void copy(int64_t M, int64_t N, Matrix from, Real scale, Real* to, int64_t to_row) {
     for (int64_t m = 0; m < M; ++m)
-        for (int64_t n = 0; n < N; ++n) to[n * to_step + m] = from[m * from_step + n];
+        for (int64_t n = 0; n < N; ++n) to[m * to_row + n] = scale * from.data[m * from.row + n * from.column];
 }
+
+// to [N] = scale from, or zeros from nothing.
+void copy(int64_t N, const Real* from, Real scale, Real* to) {
+    for (int64_t n = 0; n < N; ++n) to[n] = from ? scale * from[n] : Real(0);
+}
+
+// The parameters as they come from Python: addresses, 0 where there is none, and strides of the matrices.
+struct Parameters {
+    int64_t width;  // of a head
+    Real scale;
+    Matrix q, k, v, o, r;
+    const Real *b_q, *b_v, *b_o, *b_r;
+
+    // p: width, the bits of the scale as a double, w_q b_q w_k b_k w_v b_v w_o b_o w_r b_r, strides of the five matrices
+    Parameters(const int64_t* p) : width(p[0]) {
+        double given;
+        std::memcpy(&given, p + 1, sizeof given);
+        scale = Real(given * LOG2E);
+        auto at = [&](int i) { return (const Real*)p[2 + i]; };
+        auto matrix = [&](int i) { return Matrix{at(2 * i), p[12 + 2 * i], p[13 + 2 * i]}; };
+        q = matrix(0), k = matrix(1), v = matrix(2), o = matrix(3), r = matrix(4);
+        b_q = at(1), b_v = at(5), b_o = at(7), b_r = at(9);
+    }
+};
 
 // --- threads ---------------------------------------------------------------------------------------------------------
 
@@ -882,22 +1080,17 @@ void for_each(int64_t n, Parallel parallel, int64_t threads, const Body& body) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-#ifdef AUTOINT_F
-#define SHAPE(p) Shape{}
-#else
-#define SHAPE(p) Shape{(p)[0], (p)[1], (p)[2], (p)[3]}
-#endif
-
 // Up to so many samples at the end of a batch are taken one by one: a group costs what it costs when full.
 constexpr int64_t FEW = LANES * 3 / 4;
 
-// 0-3 F E O H, 4 batch, 5 threads, 6 parallel, 7 x, 8-10 its strides, 11 weights, 12 mask, 13-15 its strides, 16 out
+// 0-8 F and the layout, 9 batch, 10 threads, 11 parallel, 12 x, 13-15 its strides, 16 weights, 17 mask, 18-20 its strides,
+// 21 out
 EXPORT void autoint_forward(const int64_t* p) {
-    Shape s = SHAPE(p);
-    Forward call{s, {(const Element*)p[7], p[8], p[9], p[10]}, Weights(s, (const Real*)p[11]),
-                 {(const std::uint8_t*)p[12], p[13], p[14], p[15]}, (Element*)p[16], p[4]};
+    Shape s(p);
+    Forward call{s, {(const Element*)p[12], p[13], p[14], p[15]}, Weights(s, (const Real*)p[16]),
+                 {(const std::uint8_t*)p[17], p[18], p[19], p[20]}, (Element*)p[21], p[9]};
     const int64_t groups = (call.batch + LANES - 1) / LANES;
-    for_each(groups, (Parallel)p[6], p[5], [&](int64_t group) {
+    for_each(groups, (Parallel)p[11], p[10], [&](int64_t group) {
         const int64_t first = group * LANES, samples = call.batch - first < LANES ? call.batch - first : LANES;
         if (samples > FEW) forward_group(call, first, samples);
         else
@@ -905,18 +1098,18 @@ EXPORT void autoint_forward(const int64_t* p) {
     });
 }
 
-// As above up to 15, then 16 out, 17 grad, 18-20 its strides, 21 d_x, 22 d_weights, 23 needs, 24 groups per chunk
+// As above (21 out: null without relu), then 22 grad, 23-25 its strides, 26 d_x, 27 d_weights, 28 needs, 29 groups per chunk
 EXPORT void autoint_backward(const int64_t* p) {
-    Shape s = SHAPE(p);
-    const int64_t size = Weights::size(s), groups = (p[4] + LANES - 1) / LANES, per_chunk = p[24];
+    Shape s(p);
+    const int64_t size = Weights::size(s), groups = (p[9] + LANES - 1) / LANES, per_chunk = p[29];
     const int64_t chunks = (groups + per_chunk - 1) / per_chunk;
     static thread_local Arena sums;
-    Backward call{s, {(const Element*)p[7], p[8], p[9], p[10]}, {(const Element*)p[17], p[18], p[19], p[20]},
-                  Weights(s, (const Real*)p[11]), {(const std::uint8_t*)p[12], p[13], p[14], p[15]},
-                  (const Element*)p[16], (Element*)p[21], (Real*)sums.reserve(chunks * size * sizeof(Real)), p[4], p[23]};
-    for_each(chunks, (Parallel)p[6], p[5], [&](int64_t chunk) { backward_chunk(call, chunk, per_chunk); });
+    Backward call{s, {(const Element*)p[12], p[13], p[14], p[15]}, {(const Element*)p[22], p[23], p[24], p[25]},
+                  Weights(s, (const Real*)p[16]), {(const std::uint8_t*)p[17], p[18], p[19], p[20]},
+                  (const Element*)p[21], (Element*)p[26], (Real*)sums.reserve(chunks * size * sizeof(Real)), p[9], p[28]};
+    for_each(chunks, (Parallel)p[11], p[10], [&](int64_t chunk) { backward_chunk(call, chunk, per_chunk); });
     if (!(call.needs & ~INPUT)) return;
-    Real* d_weights = (Real*)p[22];
+    Real* d_weights = (Real*)p[27];
     for (int64_t i = 0; i < size; ++i) {
         Real sum = 0;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += call.partial[chunk * size + i];
@@ -927,80 +1120,88 @@ EXPORT void autoint_backward(const int64_t* p) {
 }
 
 #if AUTOINT_T < 2
-// 0-3 F E O H, then w_q b_q w_k w_v b_v w_o b_o w_r b_r in torch.nn.Linear's layout, 13 the weights
+// 0-8 F and the layout, 9-30 the parameters, 31 the weights
 EXPORT void autoint_fold(const int64_t* p) {
-    Shape s = SHAPE(p);
-    auto at = [&](int i) { return (const Real*)p[i]; };
-    const Real *w_q = at(4), *b_q = at(5), *w_k = at(6), *w_v = at(7), *b_v = at(8), *w_o = at(9), *b_o = at(10);
-    const Real *w_r = at(11), *b_r = at(12), scale = LOG2E / std::sqrt(Real(s.e));
-    Weights w(s, at(13));
+    Shape s(p);
+    const Parameters given(p + 9);
+    const int64_t width = given.width;
+    Weights w(s, (const Real*)p[31]);
     auto to = [](const Real* part) { return const_cast<Real*>(part); };
-    Real* scratch = (Real*)arena.reserve(s.e * s.o * sizeof(Real));
     for (int64_t h = 0; h < s.h; ++h) {
-        const int64_t head = h * s.e * s.e;
-        transposed_product(s.e, s.e, s.e, w_q + head, s.e, w_k + head, s.e, scale, to(w.a) + h * s.e, s.h * s.e);
-        transposed_product(s.e, 1, s.e, b_q + h * s.e, 1, w_k + head, s.e, scale, to(w.c) + h * s.e, s.e);
-        transpose(s.o, s.e, w_o + h * s.e, s.h * s.e, scratch, s.o);
-        transposed_product(s.e, s.e, s.o, w_v + head, s.e, scratch, s.o, 1, to(w.m) + h * s.e * s.o, s.o);
+        const Matrix q = given.q.from_row(h * width), k = given.k.from_row(h * width), v = given.v.from_row(h * width);
+        const Matrix o = given.o.from_column(h * width).transposed();
+        const Real* b_q = given.b_q ? given.b_q + h * width : nullptr;
+        Real *c = to(w.c) + h * s.d, *m = to(w.m) + h * s.d * s.head_out;
+        if (s.factored) {
+            copy(s.e, s.d, q.transposed(), given.scale, to(w.a) + h * s.d, s.h * s.d);
+            copy(s.d, b_q, given.scale, c);
+            copy(s.e, s.d, k.transposed(), 1, to(w.k) + h * s.d, s.h * s.d);
+            copy(s.e, s.d, v.transposed(), 1, to(w.v) + h * s.d, s.h * s.d);
+            if (s.output == MERGED) copy(s.d, s.o, o, 1, m, s.o);
+        } else {
+            product(width, s.e, s.e, q, k, given.scale, to(w.a) + h * s.e, s.h * s.e);
+            if (b_q) product(width, 1, s.e, {b_q, 1, 0}, k, given.scale, c, s.e);
+            else copy(s.e, nullptr, 0, c);
+            if (s.output == MERGED) product(width, s.e, s.o, v, o, 1, m, s.o);
+            if (s.output == CONCATENATED) copy(s.e, width, v.transposed(), 1, m, width);
+        }
     }
-    transpose(s.o, s.e, w_r, s.e, to(w.r), s.o);
-    for (int64_t o = 0; o < s.o; ++o) {
-        to(w.b)[o] = b_o[o] + b_r[o];
-        to(w.g)[o] = dot(s.h * s.e, w_o + o * s.h * s.e, b_v);
-    }
+    if (s.residual == PROJECTION) copy(s.e, s.o, given.r.transposed(), 1, to(w.r), s.o);
+    copy(s.o, given.b_o, 1, to(w.b));
+    for (int64_t i = 0; given.b_r && i < s.o; ++i) to(w.b)[i] += given.b_r[i];
+    if (given.b_v && s.output == MERGED)
+        product(s.h * width, 1, s.o, {given.b_v, 1, 0}, given.o.transposed(), 1, to(w.g), s.o);
+    else copy(s.o, given.b_v, 1, to(w.g));
 }
 
-// As above up to 13, the gradient of the weights, then the gradients of w_q b_q w_k b_k w_v b_v w_o b_o w_r b_r, 0 where not
-// wanted
+// As above up to 30, 31 the gradient of the weights, then those of w_q b_q w_k b_k w_v b_v w_o b_o w_r b_r, contiguous, 0
+// where not wanted
 EXPORT void autoint_unfold(const int64_t* p) {
-    Shape s = SHAPE(p);
-    auto at = [&](int i) { return (const Real*)p[i]; };
-    auto to = [&](int i) { return (Real*)p[14 + i]; };
-    const Real *w_q = at(4), *b_q = at(5), *w_k = at(6), *w_v = at(7), *b_v = at(8), *w_o = at(9);
-    const Real scale = LOG2E / std::sqrt(Real(s.e));
-    Weights d(s, at(13));
-    Real* scratch = (Real*)arena.reserve(s.e * (s.e > s.o ? s.e : s.o) * sizeof(Real));
+    Shape s(p);
+    const Parameters given(p + 9);
+    const int64_t width = given.width, rows = s.h * width;
+    Weights d(s, (const Real*)p[31]);
+    auto to = [&](int i) { return (Real*)p[32 + i]; };
     for (int64_t h = 0; h < s.h; ++h) {
-        const int64_t head = h * s.e * s.e, row = h * s.e;
-        if (to(0)) {
-            transpose(s.e, s.e, d.a + row, s.h * s.e, scratch, s.e);
-            product(s.e, s.e, s.e, w_k + head, s.e, scratch, s.e, scale, to(0) + head, s.e);
+        const int64_t row = h * width;
+        const Matrix q = given.q.from_row(row), k = given.k.from_row(row), v = given.v.from_row(row);
+        const Matrix o = given.o.from_column(row).transposed();
+        const Matrix d_a{d.a + h * s.d, s.h * s.d, 1}, d_m{d.m + h * s.d * s.head_out, s.head_out, 1};
+        const Real *b_q = given.b_q + row, *d_c = d.c + h * s.d;
+        auto head = [&](int i, int64_t step) { return to(i) + row * step; };
+        if (s.factored) {
+            if (to(0)) copy(width, s.e, d_a.transposed(), given.scale, head(0, s.e), s.e);
+            if (to(1)) copy(width, d_c, given.scale, head(1, 1));
+            if (to(2)) copy(width, s.e, Matrix{d.k + h * s.d, 1, s.h * s.d}, 1, head(2, s.e), s.e);
+            if (to(4)) copy(width, s.e, Matrix{d.v + h * s.d, 1, s.h * s.d}, 1, head(4, s.e), s.e);
+            if (to(6)) copy(s.o, width, d_m.transposed(), 1, to(6) + row, rows);
+        } else {
+            if (to(0)) product(s.e, width, s.e, k.transposed(), d_a.transposed(), given.scale, head(0, s.e), s.e);
+            if (to(1)) product(s.e, 1, width, {d_c, 1, 0}, k.transposed(), given.scale, head(1, 1), width);
+            if (to(2)) product(s.e, width, s.e, q.transposed(), d_a, given.scale, head(2, s.e), s.e);
+            if (to(2) && given.b_q)
+                product(1, width, s.e, {b_q, 0, 1}, {d_c, 0, 1}, given.scale, head(2, s.e), s.e, true);
+            if (to(4) && s.output == MERGED) product(s.o, width, s.e, o.transposed(), d_m.transposed(), 1, head(4, s.e), s.e);
+            if (to(4) && s.output == CONCATENATED) copy(width, s.e, d_m.transposed(), 1, head(4, s.e), s.e);
+            if (to(6)) product(s.e, s.o, width, d_m, v.transposed(), 1, to(6) + row, rows);
         }
-        if (to(1))
-            for (int64_t i = 0; i < s.e; ++i) to(1)[row + i] = scale * dot(s.e, w_k + head + i * s.e, d.c + row);
-        if (to(2)) {
-            product(s.e, s.e, s.e, w_q + head, s.e, d.a + row, s.h * s.e, scale, to(2) + head, s.e);
-            for (int64_t i = 0; i < s.e; ++i)
-                for (int64_t k = 0; k < s.e; ++k) to(2)[head + i * s.e + k] += scale * b_q[row + i] * d.c[row + k];
-        }
-        if (to(4)) {
-            transpose(s.e, s.o, d.m + row * s.o, s.o, scratch, s.e);
-            transposed_product(s.o, s.e, s.e, w_o + row, s.h * s.e, scratch, s.e, 1, to(4) + head, s.e);
-        }
-        if (to(6)) {
-            transpose(s.e, s.e, w_v + head, s.e, scratch, s.e);
-            transposed_product(s.e, s.o, s.e, d.m + row * s.o, s.o, scratch, s.e, 1, to(6) + row, s.h * s.e);
-            for (int64_t o = 0; o < s.o; ++o)
-                for (int64_t i = 0; i < s.e; ++i) to(6)[o * s.h * s.e + row + i] += d.g[o] * b_v[row + i];
-        }
+        if (to(6) && given.b_v) product(1, s.o, width, {d.g, 0, 1}, {given.b_v + row, 0, 1}, 1, to(6) + row, rows, true);
     }
-    if (to(3)) std::memset(to(3), 0, s.h * s.e * sizeof(Real));
-    if (to(5)) transposed_product(s.o, 1, s.h * s.e, d.g, 1, w_o, s.h * s.e, 1, to(5), s.h * s.e);
-    if (to(7)) std::memcpy(to(7), d.b, s.o * sizeof(Real));
-    if (to(8)) transpose(s.e, s.o, d.r, s.o, to(8), s.e);
-    if (to(9)) std::memcpy(to(9), d.b, s.o * sizeof(Real));
+    if (to(3)) copy(rows, nullptr, 0, to(3));
+    if (to(5) && s.output == MERGED) product(s.o, 1, rows, {d.g, 1, 0}, given.o, 1, to(5), rows);
+    if (to(5) && s.output != MERGED) copy(rows, d.g, 1, to(5));
+    if (to(7)) copy(s.o, d.b, 1, to(7));
+    if (to(8)) copy(s.o, s.e, Matrix{d.r, 1, s.o}, 1, to(8), s.e);
+    if (to(9)) copy(s.o, d.b, 1, to(9));
 }
 #endif
 
-// Whether the ten parameters hold the bytes of a copy, in which they lie side by side: 0-3 F E O H, 4 bytes of an element,
-// 5 the copy, then w_q b_q w_k b_k w_v b_v w_o b_o w_r b_r
+// Whether n tensors hold the bytes of a copy, in which they lie side by side: n, the copy, n sizes in bytes, n addresses
 EXPORT int autoint_same(const int64_t* p) {
-    Shape s = SHAPE(p);
-    const int64_t matrix = s.h * s.e * s.e, row = s.h * s.e;
-    const int64_t sizes[] = {matrix, row, matrix, row, matrix, row, s.o * row, s.o, s.o * s.e, s.o};
-    const char* copy = (const char*)p[5];
-    for (int i = 0; i < 10; copy += sizes[i++] * p[4])
-        if (std::memcmp(copy, (const void*)p[6 + i], sizes[i] * p[4])) return 0;
+    const int64_t n = p[0], *sizes = p + 2, *tensors = sizes + n;
+    const char* copy = (const char*)p[1];
+    for (int64_t i = 0; i < n; copy += sizes[i++])
+        if (std::memcmp(copy, (const void*)tensors[i], sizes[i])) return 0;
     return 1;
 }
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import struct
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype
+from ..weights import BARE, NEED_INPUT, NEED_WEIGHTS, PROJECTION, InteractingParameters, Layout, folded_dtype
 from . import native_build, torch_engine
 from .native_build import Spec
 
@@ -39,8 +40,11 @@ LOOP_WIDTH = 32
 PARTIAL_BYTES = 16 << 20
 PHASES = ("load", "project", "scores", "exp", "values", "gradients", "store")
 
-_FORWARD, _BACKWARD = struct.Struct("17q"), struct.Struct("25q")
-_FOLD, _UNFOLD, _SAME = struct.Struct("14q"), struct.Struct("24q"), struct.Struct("16q")
+# The fields of a layout as the source calls them.
+LAYOUT_DEFINITIONS = tuple(f"AUTOINT_{name}" for name in ("H", "E", "D", "O", "FACTORED", "OUTPUT", "RESIDUAL", "RELU"))
+
+_SHAPE, _FORWARD, _BACKWARD = struct.Struct("9q"), struct.Struct("13q"), struct.Struct("21q")
+_FOLD, _UNFOLD = struct.Struct("10qd21q"), struct.Struct("10qd31q")
 
 
 def unsupported(call: Call) -> list[str]:
@@ -48,11 +52,12 @@ def unsupported(call: Call) -> list[str]:
     reasons = []
     if call.device_type != "cpu":
         reasons.append(f"x is on {call.device_type}, not on the CPU")
-    h, e, o = call.layout
+    h, e, d = call.layout[:3]
     if call.n_fields > MAX_FIELDS:
         reasons.append(f"{call.n_fields} fields, more than {MAX_FIELDS}")
-    if max(e, o) > MAX_WIDTH:
-        reasons.append(f"an embedding or output width of {max(e, o)}, more than {MAX_WIDTH}")
+    widest = max(e, d, call.layout.head_out)
+    if widest > MAX_WIDTH:
+        reasons.append(f"an embedding, head or output width of {widest}, more than {MAX_WIDTH}")
     if h > MAX_HEADS:
         reasons.append(f"{h} heads, more than {MAX_HEADS}")
     if call.inside is not None:
@@ -114,8 +119,8 @@ def _spec(dtype: torch.dtype, n_fields: int | None = None, layout: Layout | None
     isa = _isa()
     definitions = {"AUTOINT_T": DTYPES[dtype]}
     if n_fields is not None and layout is not None:
-        h, e, o = layout
-        definitions |= {"AUTOINT_F": n_fields, "AUTOINT_E": e, "AUTOINT_O": o, "AUTOINT_H": h}
+        definitions["AUTOINT_F"] = n_fields
+        definitions |= dict(zip(LAYOUT_DEFINITIONS, layout, strict=True))
     if profile:
         definitions["AUTOINT_PROFILE"] = 1
     return Spec(isa, LANE_BYTES[isa], tuple(definitions.items()))
@@ -162,13 +167,20 @@ def _library(dtype: torch.dtype) -> _Library:
     return library
 
 
+def _operations(n_fields: int, layout: Layout) -> int:
+    """Of a sample's forward."""
+    h, e, d, o, factored, output, residual, _ = layout
+    projections = (3 if factored else 1) * e * d + (0 if output == BARE else d * layout.head_out)
+    return 2 * n_fields * (h * (projections + 2 * n_fields * d) + (e * o if residual == PROJECTION else 0))
+
+
 class _Shape:
     """The build that serves a shape: the general one, until its own is there."""
 
     def __init__(self, n_fields: int, layout: Layout, dtype: torch.dtype) -> None:
-        h, e, o = layout
         self.spec = _spec(dtype, n_fields, layout)
-        self.operations = n_fields * h * (4 * n_fields * e + 2 * e * (e + o))
+        self.argument = _SHAPE.pack(n_fields, *layout)
+        self.operations = _operations(n_fields, layout)
         self.taken = 0.0
         self.building: native_build.Building | None = None
         own = native_build.find(self.spec)
@@ -238,7 +250,9 @@ def _parallel() -> int:
 
 
 def _threads(operations: float) -> int:
-    return min(torch.get_num_threads(), 1 + int(operations / THREAD_OPERATIONS))
+    return (
+        1 if operations < THREAD_OPERATIONS else min(torch.get_num_threads(), 1 + int(operations / THREAD_OPERATIONS))
+    )
 
 
 def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -248,63 +262,78 @@ def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
     return mask.data_ptr(), *strides
 
 
-def _by_loops(p: InteractingParameters, dtype: torch.dtype) -> bool:
-    """Whether the library folds: small matrices, contiguous, in the dtype of the folded weights."""
-    return p.w_q.shape[1] <= LOOP_WIDTH and all(t.dtype == dtype and t.is_contiguous() and not t.is_neg() for t in p)
+class _Comparison:
+    def __init__(self, copy: InteractingParameters, given: InteractingParameters) -> None:
+        self.given = [t for t in given if t is not None]
+        # Its memory is what is compared with.
+        self.kept = [t for t in copy if t is not None]
+        sizes = [t.numel() * t.element_size() for t in self.kept]
+        addresses = [self.kept[0].data_ptr(), *sizes, *map(Tensor.data_ptr, self.given)]
+        self.argument = struct.pack(f"{len(addresses) + 1}q", len(sizes), *addresses)
+        self.same = _library(copy.w_q.dtype).same
+
+    def __call__(self) -> bool:
+        return all(map(Tensor.is_contiguous, self.given)) and bool(self.same(self.argument))
 
 
-def unchanged(p: InteractingParameters, copy: InteractingParameters, layout: Layout) -> bool:
-    """As `torch_engine.unchanged`, byte by byte."""
-    kept = copy.w_q
-    if p.w_q.dtype != kept.dtype:
-        return False
-    if not all(map(Tensor.is_contiguous, p)):
-        return False
-    h, e, o = layout
-    given = (1, e, o, h, kept.element_size(), kept.data_ptr())
-    return bool(_library(kept.dtype).same(_SAME.pack(*given, *map(Tensor.data_ptr, p))))
+def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]:
+    """As `torch_engine.comparison`, byte by byte."""
+    return _Comparison(copy, given)
 
 
-def fold(p: InteractingParameters, layout: Layout) -> Tensor:
+def _fold_arguments(p: InteractingParameters, layout: Layout, scale: float) -> tuple[Any, ...] | None:
+    """What the library's folding takes; None where torch's must do: for wide matrices."""
+    w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = p
+    if w_q.shape[1] > LOOP_WIDTH:
+        return None
+    nothing = (0, 0)
+    strides = [nothing if w is None else w.stride() for w in (w_q, w_k, w_v, w_o, w_r)]
+    for b in (b_q, b_v, b_o, b_r):
+        if b is not None and not b.is_contiguous():
+            return None
+    addresses = [0 if t is None else t.data_ptr() for t in p]
+    return (1, *layout, w_q.shape[0] // layout.n_head, scale, *addresses, *itertools.chain(*strides))
+
+
+def fold(p: InteractingParameters, layout: Layout, scale: float) -> Tensor:
     """As `torch_engine.fold`."""
     dtype = p.w_q.dtype
-    if dtype not in (torch.float32, torch.float64) or not _by_loops(p, dtype):
-        return torch_engine.fold(p, layout)
-    w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = p
-    packed = w_q.new_empty(layout.numel)
-    h, e, o = layout
-    pointers = (t.data_ptr() for t in (w_q, b_q, w_k, w_v, b_v, w_o, b_o, w_r, b_r, packed))
-    _library(dtype).fold(_FOLD.pack(1, e, o, h, *pointers))
+    arguments = _fold_arguments(p, layout, scale) if dtype in (torch.float32, torch.float64) else None
+    if arguments is None:
+        return torch_engine.fold(p, layout, scale)
+    packed = p.w_q.new_empty(layout.numel)
+    _library(dtype).fold(_FOLD.pack(*arguments, packed.data_ptr()))
     return packed
 
 
 def fold_backward(
-    grad: Tensor, p: InteractingParameters, layout: Layout, wanted: Sequence[bool]
+    grad: Tensor, p: InteractingParameters, layout: Layout, scale: float, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """As `torch_engine.fold_backward`."""
-    if not _by_loops(p, grad.dtype):
-        return torch_engine.fold_backward(grad, p, layout, wanted)
-    w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = p
-    grads = [torch.empty_like(t) if want else None for t, want in zip(p, wanted, strict=True)]
-    h, e, o = layout
-    given = (w_q, b_q, w_k, w_v, b_v, w_o, b_o, w_r, b_r, grad)
-    pointers = [t.data_ptr() for t in given] + [0 if g is None else g.data_ptr() for g in grads]
-    _library(grad.dtype).unfold(_UNFOLD.pack(1, e, o, h, *pointers))
+    arguments = _fold_arguments(p, layout, scale) if p.w_q.dtype == grad.dtype else None
+    if arguments is None:
+        return torch_engine.fold_backward(grad, p, layout, scale, wanted)
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else None
+        for t, want in zip(p, wanted, strict=True)
+    ]
+    pointers = [0 if g is None else g.data_ptr() for g in grads]
+    _library(grad.dtype).unfold(_UNFOLD.pack(*arguments, grad.data_ptr(), *pointers))
     return grads
 
 
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """As `torch_engine.interact`."""
     batch, fields, _ = x.shape
-    h, e, o = layout
-    out = x.new_empty(batch, fields, o)
+    out = x.new_empty(batch, fields, layout.out_size)
     if out.numel() == 0:
         return out
     shape = _shape(fields, layout, x.dtype)
     operations = batch * shape.operations
     shape.library.forward(
-        _FORWARD.pack(
-            *(fields, e, o, h, batch, _threads(operations), _parallel()),
+        shape.argument
+        + _FORWARD.pack(
+            *(batch, _threads(operations), _parallel()),
             *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
         )
     )
@@ -314,25 +343,30 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
 
 
 def interact_backward(
-    grad: Tensor, x: Tensor, packed: Tensor, out: Tensor, mask: Tensor | None, layout: Layout, needs: int
+    grad: Tensor, x: Tensor, packed: Tensor, out: Tensor | None, mask: Tensor | None, layout: Layout, needs: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `torch_engine.interact_backward`; the same bits whatever the number of threads."""
     batch, fields, _ = x.shape
-    h, e, o = layout
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
-    if out.numel() == 0:
+    if grad.numel() == 0:
         return d_x, torch.zeros_like(packed) if needs & NEED_WEIGHTS else None
     d_packed = torch.empty_like(packed) if needs & NEED_WEIGHTS else None
-    out = out.contiguous()
+    out = None if out is None else out.contiguous()
     shape = _shape(fields, layout, x.dtype)
     operations = 4 * batch * shape.operations
     groups = -(-batch // shape.library.lanes)
     chunks = max(4, min(64, PARTIAL_BYTES // (layout.numel * packed.element_size())))
     shape.library.backward(
-        _BACKWARD.pack(
-            *(fields, e, o, h, batch, _threads(operations), _parallel()),
-            *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
-            *(grad.data_ptr(), *grad.stride(), 0 if d_x is None else d_x.data_ptr()),
+        shape.argument
+        + _BACKWARD.pack(
+            *(batch, _threads(operations), _parallel()),
+            *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask)),
+            *(
+                0 if out is None else out.data_ptr(),
+                grad.data_ptr(),
+                *grad.stride(),
+                0 if d_x is None else d_x.data_ptr(),
+            ),
             *(0 if d_packed is None else d_packed.data_ptr(), needs, -(-groups // chunks)),
         )
     )
@@ -348,19 +382,20 @@ def profile(n_fields: int, layout: Layout, dtype: torch.dtype, batch: int, mode:
     where that cannot be compiled.
     """
     library = _Library(native_build.build(_spec(dtype, profile=True)))
-    h, e, o = layout
+    e = layout.emb_size
     packed = torch.randn(layout.numel, dtype=folded_dtype(dtype)) / e
-    x, out = torch.randn(batch, n_fields, e).to(dtype), torch.empty(batch, n_fields, o, dtype=dtype)
+    x, out = torch.randn(batch, n_fields, e).to(dtype), torch.empty(batch, n_fields, layout.out_size, dtype=dtype)
     grad, d_x, d_packed = torch.randn_like(out), torch.empty_like(x), torch.empty_like(packed)
-    first = (n_fields, e, o, h, batch, 1, 0, x.data_ptr(), *x.stride(), packed.data_ptr(), 0, 0, 0, 0, out.data_ptr())
+    shape = _SHAPE.pack(n_fields, *layout)
+    first = (batch, 1, 0, x.data_ptr(), *x.stride(), packed.data_ptr(), 0, 0, 0, 0, out.data_ptr())
     last = (grad.data_ptr(), *grad.stride(), d_x.data_ptr(), d_packed.data_ptr(), NEED_INPUT | NEED_WEIGHTS, 1)
     ticks = (ctypes.c_uint64 * len(PHASES))()
     address = ctypes.cast(ctypes.pointer(ticks), ctypes.c_char_p)
-    library.forward(_FORWARD.pack(*first))
+    library.forward(shape + _FORWARD.pack(*first))
     library.profile(address)
     for _ in range(max(3, 4096 // max(batch, 1))):
-        library.forward(_FORWARD.pack(*first))
+        library.forward(shape + _FORWARD.pack(*first))
         if mode != "forward":
-            library.backward(_BACKWARD.pack(*first, *last))
+            library.backward(shape + _BACKWARD.pack(*first, *last))
     library.profile(address)
     return {phase: count / sum(ticks) for phase, count in zip(PHASES, ticks, strict=True)}

@@ -90,19 +90,13 @@ def prepare(call: Call) -> bool:
 # --- folding ------------------------------------------------------------------------------------------------------
 
 
-def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[InteractingParameters], bool]:
-    """A function that tells whether parameters still hold the values of `copy`, which lie side by side in memory.
+def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]:
+    """A function that tells whether `given` still hold the values of `copy`, which lie side by side in memory.
 
-    It is only asked about the very tensors of `given`, from which they were copied. False where it is faster to fold
-    anew than to see.
+    It is only asked while they are in the memory where they were. False where it is faster to fold anew than to see.
     """
-
-    def still_same(p: InteractingParameters) -> bool:
-        return all(
-            t is None or (t.dtype == kept.dtype and torch.equal(t, kept)) for t, kept in zip(p, copy, strict=True)
-        )
-
-    return still_same
+    pairs = [(t, kept) for t, kept in zip(given, copy, strict=True) if t is not None and kept is not None]
+    return lambda: all(torch.equal(t, kept) for t, kept in pairs)
 
 
 def _as_dtype(p: InteractingParameters, dtype: torch.dtype) -> InteractingParameters:
