@@ -61,8 +61,14 @@ def assert_current(layer: FlattenedInteractingLayer, x: Tensor, mask: Tensor | N
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("shape", PROJECTED + FOLDED, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, dtype) for shape in PROJECTED + FOLDED for dtype in (torch.float32, torch.float64)),
+        *((shape, dtype) for shape in (PROJECTED[0], FOLDED[1]) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+    ids=short,
+)
 @pytest.mark.parametrize("backend", FUSED)
 def test_output_and_gradients(backend: str, shape: FlattenedShape, dtype: torch.dtype) -> None:
     assert_flattened(shape, dtype, backend=backend)
@@ -85,7 +91,7 @@ def test_masks(backend: str, shape: FlattenedShape, mask: str) -> None:
 @pytest.mark.parametrize("shape", WIDER, ids=str)
 @pytest.mark.parametrize("backend", FUSED)
 def test_masks_in_lower_precision(backend: str, shape: FlattenedShape, dtype: torch.dtype) -> None:
-    assert_flattened(shape, dtype, tuple(MASK_SIZES), draws=3, backend=backend)
+    assert_flattened(shape, dtype, tuple(MASK_SIZES), draws=1, backend=backend)
 
 
 @pytest.mark.parametrize("mask", [None, *MASK_SIZES])
@@ -152,7 +158,7 @@ def test_return_attention(backend: str) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_autocast(backend: str, shape: FlattenedShape, mask: str | None, dtype: torch.dtype) -> None:
     results = []
-    for _ in range(16):
+    for _ in range(8):
         layer, x = draw_flattened(shape, backend=backend)
         hidden = None if mask is None else draw_mask(mask, shape.b, shape.f)
         x = x.to(dtype).float()

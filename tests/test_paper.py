@@ -17,7 +17,7 @@ from autoint_fast import PaperInteractingLayer, why
 from tests.cases import BACKENDS, FUSED, LAYOUTS, MASK_SIZES, draw_mask
 from tests.layers import PaperShape, assert_paper, draw_paper, draw_weights, paper, work
 from tests.numerics import as_three_dimensions, errors, judge
-from tests.suite import DTYPES, NO_SECOND_ORDER, short
+from tests.suite import NO_SECOND_ORDER, short
 
 # Heads narrower than the embedding, as wide, and wider; the paper's own two layers; fields in every number that counts.
 SHAPES = (
@@ -82,9 +82,15 @@ def test_every_number(shape: PaperShape, use_res: bool, scaling: bool, masked: b
         np.testing.assert_allclose(out.detach(), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.float64)),
+        *((shape, dtype) for shape in SHAPES[:2] for dtype in (torch.bfloat16, torch.float16)),
+    ],
+    ids=short,
+)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", FUSED)
 def test_output_and_gradients(backend: str, shape: PaperShape, form: str, dtype: torch.dtype) -> None:
     assert_paper(shape, dtype, form=form, backend=backend, scaling=True)
@@ -112,7 +118,7 @@ def test_masks(backend: str, shape: PaperShape, form: str, mask: str) -> None:
 @pytest.mark.parametrize("backend", FUSED)
 def test_masks_in_lower_precision(backend: str, form: str, dtype: torch.dtype) -> None:
     for shape in (NARROW, WIDE):
-        assert_paper(shape, dtype, tuple(MASK_SIZES), draws=3, form=form, backend=backend, scaling=True)
+        assert_paper(shape, dtype, tuple(MASK_SIZES), draws=1, form=form, backend=backend, scaling=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
