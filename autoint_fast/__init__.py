@@ -13,9 +13,19 @@ from pathlib import Path as _Path
 if not (_Path(__path__[0]) / "kernels").is_dir():
     __path__.append(str(_Path(__path__[0]).parent))
 
+from .flattened import FlattenedInteractingLayer
 from .fused import why
 from .layer import InteractingLayer
+from .paper import PaperInteractingLayer
 from .reference import ReferenceInteractingLayer, interacting_reference
 from .version import __version__
 
-__all__ = ["InteractingLayer", "ReferenceInteractingLayer", "__version__", "interacting_reference", "why"]
+__all__ = [
+    "FlattenedInteractingLayer",
+    "InteractingLayer",
+    "PaperInteractingLayer",
+    "ReferenceInteractingLayer",
+    "__version__",
+    "interacting_reference",
+    "why",
+]

@@ -12,6 +12,7 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
+from .projections import read_projections
 from .validation import check_dropout, check_dtype, check_input, check_mask, check_parameters, check_size
 from .weights import InteractingParameters, Interaction
 
@@ -69,22 +70,6 @@ def interacting_reference(
     return interaction_reference(x, Interaction(p, n_head, scale, "projection"), mask)
 
 
-def _prepare_projection(name: str, projection: nn.Linear) -> None:
-    """The layer reads a projection's weights and never calls it: what relies on the call is done or refused here.
-
-    Raises TypeError for a projection with a forward of its own, RuntimeError for one with hooks.
-    """
-    if type(projection).forward is not nn.Linear.forward or "forward" in vars(projection):
-        raise TypeError(f"{name}: expected a Linear with Linear's own forward, got a {type(projection).__name__}")
-    for hook in projection._forward_pre_hooks.values():
-        # Pruning and the older weight and spectral norms compute the weight in a hook before the call.
-        if not (hasattr(hook, "apply_mask") or hasattr(hook, "compute_weight")):
-            raise RuntimeError(f"{name}: a forward pre-hook on this projection would never run; put it on the layer")
-        hook(projection, ())
-    if projection._forward_hooks or projection._backward_hooks or projection._backward_pre_hooks:
-        raise RuntimeError(f"{name}: a hook on this projection would never run; put it on the layer")
-
-
 PROJECTIONS = ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res")
 
 
@@ -136,29 +121,7 @@ class ReferenceInteractingLayer(nn.Module):
 
     def interacting_parameters(self) -> InteractingParameters:
         """The layer's tensors, read now, so that parametrisations and swapped parameters count."""
-        tensors: list[Tensor] = []
-        compiling = torch.compiler.is_compiling()
-        modules = self._modules
-        for name in PROJECTIONS:
-            projection = modules[name]
-            state = projection.__dict__
-            own = state["_parameters"]
-            if (
-                compiling
-                or type(projection) is not nn.Linear
-                or len(own) != 2
-                or state["_forward_hooks"]
-                or state["_forward_pre_hooks"]
-                or state["_backward_hooks"]
-                or state["_backward_pre_hooks"]
-                or "forward" in state
-            ):
-                _prepare_projection(name, projection)
-                tensors += (projection.weight, projection.bias)
-            else:
-                # Past nn.Module's attribute look-up, which shows in the time of a call of one sample.
-                tensors += (own["weight"], own["bias"])
-        return InteractingParameters(*tensors)
+        return InteractingParameters(*read_projections(self, PROJECTIONS))
 
     def interaction(self) -> Interaction:
         """What the layer computes, with its tensors as they are now."""

@@ -28,6 +28,12 @@ def check_size(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an int of at least 1, got {value}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """`value` is True or False. Raises TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+
+
 def check_dropout(value: float) -> None:
     """`value` is a number in [0, 1). Raises TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -36,15 +42,15 @@ def check_dropout(value: float) -> None:
         raise ValueError(f"dropout: expected a number in [0, 1), got {value}")
 
 
-def check_input(x: Tensor, emb_size: int) -> None:
-    """`x` is a floating (B, F, E) tensor.
+def check_input(x: Tensor, emb_size: int, n_fields: int | None = None) -> None:
+    """`x` is a floating (B, F, E) tensor; `n_fields`: F, where only one will do.
 
-    Raises TypeError for what is no tensor or no floating one, ValueError for the wrong rank or width.
+    Raises TypeError for what is no tensor or no floating one, ValueError for the wrong rank or width, or other fields.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a (B, F, {emb_size}) tensor, got {describe(x)}")
-    if x.ndim != 3 or x.shape[2] != emb_size:
-        raise ValueError(f"x: expected the shape (B, F, {emb_size}), got {describe(x)}")
+        raise TypeError(f"x: expected a (B, {n_fields or 'F'}, {emb_size}) tensor, got {describe(x)}")
+    if x.ndim != 3 or x.shape[2] != emb_size or (n_fields is not None and x.shape[1] != n_fields):
+        raise ValueError(f"x: expected the shape (B, {n_fields or 'F'}, {emb_size}), got {describe(x)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point dtype, got {describe(x)}")
 

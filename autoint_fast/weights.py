@@ -171,14 +171,15 @@ def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -
     # Dynamo warns of a cache that it looks through, and a symbolic number cannot be looked up in one.
     if torch.compiler.is_compiling() or isinstance(n_fields, torch.SymInt) or isinstance(sizes[1], torch.SymInt):
         fixed = (None if size is None else int(size) for size in sizes)
-        return _choose_layout.__wrapped__(interaction.n_head, *fixed, *kind, n_fields, form)
-    return _choose_layout(interaction.n_head, *sizes, *kind, n_fields, form)
+        return layout_of.__wrapped__(interaction.n_head, *fixed, *kind, n_fields, form)
+    return layout_of(interaction.n_head, *sizes, *kind, n_fields, form)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose_layout(
+def layout_of(
     h: int, rows: int, e: int, merged: int | None, has_values: bool, residual: str, relu: bool, n_fields: int, form: str
 ) -> Layout:
+    """`choose_layout` by what it asks of a layer: heads, the shape of w_q, the rows of w_o, whether there is a w_v."""
     end = (RESIDUALS.index(residual), int(relu))
     # Of concatenated heads only folding leaves something to multiply by: the projection of their values.
     output = MERGED if merged is not None else CONCATENATED if has_values else BARE

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer
 from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout
 from tests.cases import BACKENDS, LAYOUTS, MASK_SIZES, Shape, draw_mask, draw_problem
+from tests.layers import Definition, FlattenedShape, PaperShape, draw_flattened, draw_paper, flattened, paper
 from tests.numerics import assert_rule, errors, expected_output, state_names
 from tests.suite import DTYPES, NO_SECOND_ORDER, short
 
@@ -389,3 +390,47 @@ def test_width_of_one_in_training() -> None:
     layer(x).sum().backward()
     for one, p in zip(got, layer.parameters(), strict=True):
         torch.testing.assert_close(one, p.grad, rtol=0, atol=1e-12)
+
+
+# --- the layers of our own ------------------------------------------------------------------------------------------
+
+
+def draw_layer(name: str) -> tuple[nn.Module, Tensor, Definition]:
+    """A layer, fp64, an input and the layer's formula; of the flattened layer so many samples that it would fold."""
+    if name == "flattened":
+        return *draw_flattened(FlattenedShape(17, 4, 3, 2), torch.float64, backend="torch"), flattened
+    layer, x = draw_paper(PaperShape(17, 4, 6, 4, 2), torch.float64, backend="torch")
+    layer.form = name
+    return layer, x, paper
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("name", ["folded", "factored", "flattened"])
+def test_own_layers(name: str, frozen: bool) -> None:
+    """One or two compilations serve every batch; output and gradients are those of the formula."""
+    layer, samples, definition = draw_layer(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    if frozen:
+        layer.eval().freeze()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for batch in (4, 17, 3):
+        x = samples[:batch].clone().requires_grad_()
+        leaves = [x] if frozen else [x, *layer.parameters()]
+        mask = draw_mask("(B,F,F)", batch, 4)
+        out, expected = compiled(x, mask), definition(layer, x, mask)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        grad = torch.randn_like(out)
+        got, truth = (torch.autograd.grad(o, leaves, grad) for o in (out, expected))
+        torch.testing.assert_close(got, truth, rtol=0, atol=1e-11)
+    assert counter.frame_count <= 2, f"{counter.frame_count} compilations"
+
+
+@pytest.mark.parametrize("name", ["factored", "flattened"])
+def test_own_layers_exported_with_a_dynamic_batch(name: str) -> None:
+    layer, x, definition = draw_layer(name)
+    batch = torch.export.Dim("batch")
+    mask = draw_mask("(B,1,F)", 17, 4)
+    program = torch.export.export(layer, (x, mask), dynamic_shapes={"x": {0: batch}, "mask": {0: batch}})
+    for size in (17, 2):
+        x, mask = torch.randn(size, *x.shape[1:], dtype=torch.float64), draw_mask("(B,1,F)", size, 4)
+        assert errors(program.module()(x, mask), definition(layer, x, mask)).maximum <= 1e-12

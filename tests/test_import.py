@@ -51,7 +51,9 @@ def test_public_names() -> None:
     import autoint_fast
 
     assert sorted(autoint_fast.__all__) == [
+        "FlattenedInteractingLayer",
         "InteractingLayer",
+        "PaperInteractingLayer",
         "ReferenceInteractingLayer",
         "__version__",
         "interacting_reference",
