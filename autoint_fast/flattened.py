@@ -45,7 +45,7 @@ class _Dense(NamedTuple):
     value_bias: Tensor | None  # [F, F*E]  folded: to be added for each field that is not fully hidden
 
 
-def _dense(p: _Parameters, n_head: int, folded: bool) -> _Dense:
+def _dense_of(p: _Parameters, n_head: int, folded: bool) -> _Dense:
     """The Dense layers in the parameters' dtype, but for biases in fp32 or better where folded; differentiable."""
     if not folded:
         return _Dense(p.w_o, p.w_r, p.b_o + p.b_r, None)
@@ -104,7 +104,7 @@ class FlattenedInteractingLayer(Fused):
 
     parameter_names = tuple(f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias"))
     n_fields: int
-    _dense: _Dense | None = None
+    _frozen_dense: _Dense | None = None
 
     def __init__(
         self,
@@ -172,12 +172,12 @@ class FlattenedInteractingLayer(Fused):
         """
         check_input(x, self.emb_size, self.n_fields)
         mask = check_mask(mask, x)
-        dense, interaction = self._dense, None
+        dense, interaction = self._frozen_dense, None
         if dense is None:
             p = self._read()
             # Compiled code has to serve batches of every size.
             folded = not torch.compiler.is_compiling() and x.shape[0] > self.n_fields * self.emb_size
-            dense, interaction = _dense(p, self.n_head, folded), self._attention(p, folded)
+            dense, interaction = _dense_of(p, self.n_head, folded), self._attention(p, folded)
         result = self.fused(x, mask, return_attention, interaction)
         heads, attention = result if isinstance(result, tuple) else (result, None)
         bias = dense.bias
@@ -225,13 +225,13 @@ class FlattenedInteractingLayer(Fused):
     def freeze(self) -> FlattenedInteractingLayer:
         super().freeze()
         with torch.inference_mode(False), torch.no_grad():
-            folded = _dense(self._read(), self.n_head, folded=True)
+            folded = _dense_of(self._read(), self.n_head, folded=True)
             # A parameter itself would show its changes.
-            self._dense = folded._replace(x=folded.x.detach().clone())
+            self._frozen_dense = folded._replace(x=folded.x.detach().clone())
         return self
 
     def unfreeze(self) -> FlattenedInteractingLayer:
-        self._dense = None
+        self._frozen_dense = None
         super().unfreeze()
         return self
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch.nn.utils.prune as prune
 from torch import Tensor, nn
 
 from autoint_fast import FlattenedInteractingLayer, why
+from autoint_fast import flattened as implementation
 from benchmarks import flattened as benchmark
 from benchmarks.cases import MODES
 from tests.cases import BACKENDS, FUSED, LAYOUTS, MASK_SIZES, draw_mask
@@ -136,6 +138,25 @@ def test_the_batch_does_not_decide_the_result(backend: str) -> None:
             for frozen in (False, True):
                 layer.eval().freeze() if frozen else layer.unfreeze()
                 torch.testing.assert_close(layer(x[:batch], mask), expected, rtol=0, atol=1e-12)
+
+
+def test_when_the_projection_of_the_values_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that takes fewer operations, and frozen not at any call."""
+    calls = []
+
+    def recording(p: Any, n_head: int, folded: bool) -> Any:
+        calls.append(folded)
+        return dense_of(p, n_head, folded)
+
+    dense_of = implementation._dense_of
+    monkeypatch.setattr(implementation, "_dense_of", recording)
+    layer = small("torch")[0].eval()
+    for batch in (1, 30, 31, 100):
+        layer(torch.randn(batch, 5, 6, dtype=torch.float64))
+    assert calls == [False, False, True, True]
+    layer.freeze()
+    layer(torch.randn(31, 5, 6, dtype=torch.float64))
+    assert calls == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -325,7 +346,7 @@ def test_conversions_carry_the_frozen_state(backend: str) -> None:
     assert "frozen" in repr(layer)
     state = copy.deepcopy(layer.state_dict())
     layer.load_state_dict(state)
-    assert "frozen" not in repr(layer) and layer._dense is None
+    assert "frozen" not in repr(layer) and layer._frozen_dense is None
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad"])
