@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +44,15 @@ class _Folded:
         self.still_same = dispatch.ENGINES[backend].comparison(self.interaction.parameters, self.given)
 
 
+def _same_memory(given: Tensor | None, kept: Tensor | None) -> bool:
+    """Whether a parameter is the one that was kept, or just such a view of the same one: a transposed weight, say."""
+    if given is kept or given is None or kept is None or torch.compiler.is_compiling():
+        return given is kept
+    # A view's base stays when `.data` moves, its address does not. What has no memory of its own has no such base.
+    of_same = given._base is not None and given._base is kept._base
+    return of_same and given.data_ptr() == kept.data_ptr() and given.stride() == kept.stride()
+
+
 class Fused(nn.Module):
     """A layer whose forward is the fused op.
 
@@ -71,19 +79,24 @@ class Fused(nn.Module):
         return choose_layout(self.interaction(), n_fields, self.form)
 
     def fused(
-        self, x: Tensor, mask: Tensor | None = None, return_attention: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_attention: bool = False,
+        interaction: Interaction | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, F, E), any mask -> (B, F, O), with `return_attention` also P (B, H, F, F).
 
+        interaction: what `self.interaction()` gives now, for a caller who has it already.
         Raises TypeError or ValueError naming the argument.
         """
         frozen, last = self._frozen, self._last
         if frozen is not None:
             interaction = frozen.interaction
         else:
-            interaction = self.interaction()
-            # Of the very tensors that were checked before, only the values can be others.
-            if last is None or not all(map(operator.is_, interaction.parameters, last.given)):
+            interaction = interaction or self.interaction()
+            # Of the very memory that was checked before, only the values can be others.
+            if last is None or not all(map(_same_memory, interaction.parameters, last.given)):
                 last = None
                 check_parameters(interaction, self.parameter_names)
         p = interaction.parameters
@@ -152,8 +165,9 @@ class Fused(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # For pickle and deepcopy.
-        return {**self.__dict__, "_last": None}
+        # For pickle and deepcopy. Before Python 3.11 an object has no such method of its own.
+        inherited = getattr(super(), "__getstate__", None)
+        return {**(inherited() if inherited else self.__dict__), "_last": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfreeze()

@@ -70,7 +70,13 @@ def interacting_reference(
     return interaction_reference(x, Interaction(p, n_head, scale, "projection"), mask)
 
 
-def _prepare_projection(name: str, projection: nn.Linear) -> None:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs when the module is called beside its forward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(map(bool, hooks))
+
+
+def prepare_projection(name: str, projection: nn.Linear) -> None:
     """The layer reads a projection's weights and never calls it: what relies on the call is done or refused here.
 
     Raises TypeError for a projection with a forward of its own, RuntimeError for one with hooks.
@@ -152,7 +158,7 @@ class ReferenceInteractingLayer(nn.Module):
                 or any(_hooks_of(state))
                 or "forward" in state
             ):
-                _prepare_projection(name, projection)
+                prepare_projection(name, projection)
                 tensors += (projection.weight, projection.bias)
             else:
                 # Past nn.Module's attribute look-up, which shows in the time of a call of one sample.

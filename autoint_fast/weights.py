@@ -61,6 +61,7 @@ class Interaction:
         scale: of the logits.
         residual: "none", "identity" (O = E) or "projection" (by w_r).
         relu: whether `end` is relu; else it is nothing.
+        dropout: of P while training, which the op does not have: `accelerate` leaves such a call to the original code.
     """
 
     parameters: InteractingParameters
@@ -68,6 +69,7 @@ class Interaction:
     scale: float
     residual: str
     relu: bool = True
+    dropout: float = 0.0
 
 
 class Parts(NamedTuple):
