@@ -53,10 +53,8 @@ def change_class(module: nn.Module, new: type) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    # Where no adapter is known, that LookupError gets through pickle, which replaces an AttributeError by its own.
     module, colon, qualname = name.replace("/", ".").partition(":")
     if not colon:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return accelerated_class(functools.reduce(getattr, qualname.split("."), importlib.import_module(module)))
-    except LookupError as error:
-        raise AttributeError(f"{name}: {error}") from None
+    return accelerated_class(functools.reduce(getattr, qualname.split("."), importlib.import_module(module)))
