@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.shape.n_head, self.shape.emb_size, self.shape.emb_size)
+        return Layout(self.shape.n_head, self.shape.emb_size, self.shape.emb_size, self.shape.emb_size)
 
     @property
     def torch_dtype(self) -> torch.dtype:
