@@ -156,6 +156,15 @@ def test_numbers(name: str, backend: str) -> None:
     assert_same_numbers(plain, layer, [torch.randn(16, 7, 8) for _ in range(8)])
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_gradients_of_weights_are_long_sums(backend: str) -> None:
+    """Over the fields of all samples, with heads narrower than any vector of a CPU."""
+    plain = MultiHeadSelfAttention(16, 16, 2)
+    ours = copy.deepcopy(plain)
+    accelerate(ours, backend=backend)
+    assert_same_numbers(plain, ours, [torch.randn(64, 39, 16) for _ in range(4)])
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_under_autocast(name: str) -> None:
     layer = MAKERS[name]()
