@@ -238,7 +238,8 @@ def _table(rows: Sequence[Row]) -> Table:
             if plain is None or ours is None:
                 continue
             faster = plain.p50_ms / ours.p50_ms if plain.p50_ms and ours.p50_ms else None
-            wrong = FAILED in (plain.parity, ours.parity)
+            wrong = next((row.notes for row in (ours, plain) if row.parity == FAILED), "")
+            notes = [f"WRONG: {wrong}"] if wrong else [plain.notes, ours.notes]
             result.add_row(
                 f"{plain.batch:,} x {plain.fields}x{plain.emb_size}x{plain.n_head}",
                 plain.mode,
@@ -246,7 +247,7 @@ def _table(rows: Sequence[Row]) -> Table:
                 number(plain.p50_ms),
                 number(ours.p50_ms),
                 ratio(faster),
-                Text("; ".join(filter(None, (plain.notes, ours.notes, ours.warning))), style="red" if wrong else ""),
+                Text("; ".join(filter(None, (*notes, ours.warning))), style="red" if wrong else ""),
             )
         result.add_section()
     return result

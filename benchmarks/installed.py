@@ -27,7 +27,11 @@ NAMES_OF_TYPES = "pytorch_widedeep.wdtypes"
 
 
 class Unable(Exception):
-    """Why something cannot take part."""
+    """Why something cannot take part, and which package it wants, if that is it."""
+
+    def __init__(self, why: str, package: str = "") -> None:
+        super().__init__(why)
+        self.package = package
 
 
 def load(name: str) -> ModuleType:
@@ -38,9 +42,9 @@ def load(name: str) -> ModuleType:
             for package in BARE.get(root, ()):
                 _install_bare(package)
         return importlib.import_module(name)
-    except (ImportError, RuntimeError, AttributeError) as error:
+    except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == root
-        raise Unable("not installed" if missing else f"cannot be imported: {error}") from None
+        raise Unable("not installed" if missing else f"cannot be imported: {error}", root) from None
 
 
 def _install_bare(name: str) -> None:

@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -35,7 +35,11 @@ def load(name: str) -> Any:
     try:
         return installed.load(name)
     except installed.Unable as error:
-        pytest.skip(f"library {name.partition('.')[0]}: {error}")
+        skip(error)
+
+
+def skip(error: installed.Unable) -> NoReturn:
+    pytest.skip(f"library {error.package}: {error}")
 
 
 # --- layers ---------------------------------------------------------------------------------------------------
@@ -56,7 +60,7 @@ class LayerCase(NamedTuple):
         try:
             layer = make(self.emb_size, self.n_head)
         except installed.Unable as error:
-            pytest.skip(f"library {self.layer}: {error}")
+            skip(error)
         for parameter in layer.parameters():
             # Large enough for every term of the formula to count.
             nn.init.normal_(parameter, std=(2 * self.emb_size) ** -0.5)
