@@ -62,6 +62,13 @@ class Standard(Toy):
     """Keeps Toy's forward."""
 
 
+class Forgetful(Toy):
+    """Pickled without what it can do without."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "calls": -1}
+
+
 class Doubled(Toy):
     def forward(self, x: Tensor, power: float = 1.0) -> Tensor:
         return 2 * super().forward(x, power)
@@ -337,6 +344,16 @@ def test_copies(again: Callable[[nn.Module], nn.Module]) -> None:
         assert state.keys() == before[name].keys() - {"calls"} | ({"calls"} & before[name].keys())
     for module, out in zip(twin.values(), expected, strict=True):
         torch.testing.assert_close(module(x), out, rtol=0, atol=0)
+
+
+def test_a_state_of_the_class_s_own_is_kept() -> None:
+    layer, x = Forgetful(), torch.randn(3, 5, 8)
+    accelerate(layer, backend="torch")
+    with torch.no_grad():
+        layer(x)
+    twin = pickle.loads(pickle.dumps(layer))
+    assert twin.calls == -1 and twin._last is None
+    torch.testing.assert_close(twin(x), layer(x))
 
 
 def test_the_class_is_importable() -> None:
