@@ -4,6 +4,8 @@ from autoint_fast import InteractingLayer
 
 layer = InteractingLayer(n_head=2, emb_size=16)
 out = layer(x)  # x (B, F, 16) -> (B, F, 16)
+
+The layers of a model built on another library: print(autoint_fast.accelerate(model)).
 """
 
 from pathlib import Path as _Path
@@ -16,16 +18,25 @@ if not (_Path(__path__[0]) / "kernels").is_dir():
 from .flattened import FlattenedInteractingLayer
 from .fused import why
 from .layer import InteractingLayer
+from .libraries import register_adapter
 from .paper import PaperInteractingLayer
 from .reference import ReferenceInteractingLayer, interacting_reference
+from .swap import Report, accelerate, restore
 from .version import __version__
+from .weights import InteractingParameters, Interaction
 
 __all__ = [
     "FlattenedInteractingLayer",
     "InteractingLayer",
+    "InteractingParameters",
+    "Interaction",
     "PaperInteractingLayer",
     "ReferenceInteractingLayer",
+    "Report",
     "__version__",
+    "accelerate",
     "interacting_reference",
+    "register_adapter",
+    "restore",
     "why",
 ]

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from . import dispatch, op
 from .reference import attention_probabilities, interaction_reference
 from .validation import check_dtype, check_input, check_mask, check_parameters
-from .weights import InteractingParameters, Interaction, Layout, choose_layout
+from .weights import InteractingParameters, Interaction, Layout, choose_layout, row_by_row
+
+
+def _same_view(given: Tensor | None, kept: Tensor | None) -> bool:
+    """Whether a parameter is the one that was kept, or just such a view of the same one: a transposed weight, say."""
+    if given is kept or given is None or kept is None:
+        return given is kept
+    # A view's base stays when `.data` moves, its address does not. What has no memory of its own has no such base.
+    of_same = given._base is not None and given._base is kept._base
+    return of_same and given.data_ptr() == kept.data_ptr() and given.stride() == kept.stride()
 
 
 class _Known:
@@ -32,7 +41,8 @@ class _Known:
 
     def holds(self, p: InteractingParameters) -> bool:
         """Whether p are these tensors, in the same memory: then only their values can be others."""
-        return all(map(operator.is_, p, self.given)) and tuple(map(Tensor.data_ptr, self.present)) == self.addresses
+        same = all(map(operator.is_, p, self.given)) or all(map(_same_view, p, self.given))
+        return same and tuple(map(Tensor.data_ptr, self.present)) == self.addresses
 
     def choose(self, n_fields: int, dtype: torch.dtype, backend: str, form: str) -> tuple[Layout, str]:
         """The layout and the engine for a call."""
@@ -49,9 +59,9 @@ class _Known:
         # Inference tensors could not take part in a later gradient with respect to x, nor be copied.
         with torch.inference_mode(False), torch.no_grad():
             # Side by side in memory, so that they can be compared in one go.
-            flat = torch.cat([t.detach().reshape(-1) for t in self.present])
+            flat = torch.cat([row_by_row(t.detach()).reshape(-1) for t in self.present])
             pieces = iter(flat.split([t.numel() for t in self.present]))
-            p = InteractingParameters(*(None if t is None else next(pieces).view(t.shape) for t in self.given))  # type: ignore[arg-type]
+            p = InteractingParameters(*(None if t is None else _laid_out(next(pieces), t) for t in self.given))  # type: ignore[arg-type]
         return _Known(dataclasses.replace(self.interaction, parameters=p))
 
     def weights(self, layout: Layout, backend: str) -> Tensor:
@@ -72,6 +82,12 @@ class _Known:
             packed = self.packed[layout.factored] = copy.weights(layout, backend)
             self.still_same = dispatch.ENGINES[backend].comparison(copy.given, self.given)
         return packed
+
+
+def _laid_out(piece: Tensor, like: Tensor) -> Tensor:
+    """The numbers of `row_by_row(like)` in its shape."""
+    stored = row_by_row(like)
+    return piece.view(stored.shape) if stored is like else piece.view(stored.shape).mT
 
 
 class Fused(nn.Module):
@@ -196,8 +212,9 @@ class Fused(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # For pickle and deepcopy.
-        return {**self.__dict__, "_last": None}
+        # For pickle and deepcopy. Before Python 3.11 an object has no such method of its own.
+        inherited = getattr(super(), "__getstate__", None)
+        return {**(inherited() if inherited else self.__dict__), "_last": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfreeze()

@@ -32,7 +32,7 @@ def read_projections(layer: nn.Module, names: Sequence[str]) -> list[Any]:
             or state["_backward_pre_hooks"]
             or "forward" in state
         ):
-            _prepare(name, projection)
+            prepare_projection(name, projection)
             tensors += (projection.weight, projection.bias)
         else:
             # Past nn.Module's attribute look-up, which shows in the time of a call of one sample.
@@ -40,8 +40,14 @@ def read_projections(layer: nn.Module, names: Sequence[str]) -> list[Any]:
     return tensors
 
 
-def _prepare(name: str, projection: nn.Module) -> None:
-    """Runs the hooks that compute a weight, and refuses others."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs when the module is called beside its forward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(map(bool, hooks))
+
+
+def prepare_projection(name: str, projection: nn.Module) -> None:
+    """Runs the hooks that compute a weight; raises TypeError or RuntimeError for what else relies on a call."""
     if getattr(type(projection), "forward", None) is not nn.Linear.forward or "forward" in vars(projection):
         raise TypeError(f"{name}: expected a Linear with Linear's own forward, got a {type(projection).__name__}")
     for hook in projection._forward_pre_hooks.values():

@@ -61,6 +61,7 @@ class Interaction:
         scale: of the logits.
         residual: "none", "identity" (O = E) or "projection" (by w_r).
         relu: whether `end` is relu; else it is nothing.
+        dropout: of P while training, which the op does not have: `accelerate` leaves such a call to the original code.
     """
 
     parameters: InteractingParameters
@@ -68,6 +69,7 @@ class Interaction:
     scale: float
     residual: str
     relu: bool = True
+    dropout: float = 0.0
 
 
 class Parts(NamedTuple):
@@ -206,3 +208,8 @@ def operations(layout: Layout, n_fields: int) -> int:
 def folded_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the folded weights for parameters or inputs of `dtype`: never below fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_by_row(t: Tensor) -> Tensor:
+    """A parameter, or its transpose where that is what lies in memory row by row."""
+    return t.mT if t.ndim == 2 and not t.is_contiguous() and t.mT.is_contiguous() else t

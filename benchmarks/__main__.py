@@ -18,10 +18,17 @@ the rate at which torch multiplies large matrices in the same rounds, and tells 
 is checked against its formula in float64 first. Prints a table, writes a CSV, and exits with 1 when an engine of
 autoint_fast computes wrong numbers.
 """
+FAMILIES = """\
+Measures the interacting layers of other libraries against themselves after autoint_fast.accelerate, on a CPU or a GPU.
+Every layer is checked against itself in float64 first. Prints a table, writes a CSV, and exits with 1 when an
+accelerated layer computes wrong numbers.
+"""
 PLOT = "Draws the results of an earlier run."
+ABOUT = {"cpu": CPU, "families": FAMILIES, "plot": PLOT}
 COMMANDS = """\
 commands:
   python -m benchmarks cpu         the native engine against the limit of this CPU
+  python -m benchmarks families    the layers of other libraries, accelerated
   python -m benchmarks plot CSV    draw the results of an earlier run
 """
 
@@ -36,20 +43,20 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; gives the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = arguments[0] if arguments and arguments[0] in ("cpu", "plot") else ""
+    command = arguments[0] if arguments and arguments[0] in ABOUT else ""
     parser = Parser(
         f"python -m benchmarks {command}".strip(),
-        description={"cpu": CPU, "plot": PLOT}.get(command, INTRODUCTION),
+        description=ABOUT.get(command, INTRODUCTION),
         epilog=None if command else COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        from . import cpu, plot, speed
+        from . import cpu, families, plot, speed
     except ModuleNotFoundError as error:
         parser.error(f"{error}; the benchmarks need autoint_fast[bench]")
     if not command:
         return speed.main(arguments, parser)
-    return (cpu if command == "cpu" else plot).main(arguments[1:], parser)
+    return {"cpu": cpu, "families": families, "plot": plot}[command].main(arguments[1:], parser)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import importlib.util
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import MappingProxyType, ModuleType
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,20 +16,18 @@ from torch import Tensor, nn
 import autoint_fast
 from autoint_fast import InteractingLayer, ReferenceInteractingLayer, interacting_reference
 from autoint_fast.dispatch import ENGINES
+from autoint_fast.fused import Fused
 from autoint_fast.weights import InteractingParameters
 
-from . import criteo
+from . import criteo, installed
 from .cases import FORWARD, MODES, Case
+from .installed import Unable
 
 # A CUDA grid's second axis ends here, and SDPA puts batch times heads on it (pytorch #142228).
 MOST_BATCH_TIMES_HEADS = 65_535
 
 # (x, parameters, n_head) -> out: a layer written with einsum.
 Definition = Callable[[Tensor, Sequence[Tensor], int], Tensor]
-
-
-class Unable(Exception):
-    """Why a contestant does not take part."""
 
 
 class Contestant(NamedTuple):
@@ -248,7 +242,7 @@ def _compiled(reference: ReferenceInteractingLayer) -> nn.Module:
     return torch.compile(reference, dynamic=False)  # type: ignore[return-value]
 
 
-def _foreign(reference: ReferenceInteractingLayer, make: Callable[[int, int], nn.Module]) -> nn.Module:
+def foreign(reference: ReferenceInteractingLayer, make: Callable[[int, int], nn.Module]) -> nn.Module:
     """The layer `make(emb_size, n_head)`, with weights drawn so that no term of its formula is negligible."""
     e, h = reference.emb_size, reference.n_head
     if e % h:
@@ -263,40 +257,13 @@ def _foreign(reference: ReferenceInteractingLayer, make: Callable[[int, int], nn
 
 
 def _deepctr(reference: ReferenceInteractingLayer) -> nn.Module:
-    with _bare_package("deepctr_torch"):
-        module = _import("deepctr_torch.layers.interaction")
-    return _foreign(reference, lambda e, h: module.InteractingLayer(e, head_num=h))
+    module = installed.load("deepctr_torch.layers.interaction")
+    return foreign(reference, lambda e, h: module.InteractingLayer(e, head_num=h))
 
 
 def _rechub(reference: ReferenceInteractingLayer) -> nn.Module:
-    module = _import("torch_rechub.basic.layers")
-    return _foreign(reference, lambda e, h: module.InteractingLayer(e, num_heads=h))
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
-        raise Unable("not installed" if missing else f"cannot be imported: {error}") from None
-
-
-@contextlib.contextmanager
-def _bare_package(root: str) -> Iterator[None]:
-    """Inside, modules of the package `root` are imported without running the package's own `__init__`.
-
-    DeepCTR-Torch's starts a thread that asks PyPI for newer versions, and imports all its models.
-    """
-    spec = None if root in sys.modules else importlib.util.find_spec(root)
-    if spec is None:
-        yield
-        return
-    sys.modules[root] = package = ModuleType(root)
-    package.__path__ = list(spec.submodule_search_locations or ())
-    try:
-        yield
-    finally:
-        del sys.modules[root]
+    module = installed.load("torch_rechub.basic.layers")
+    return foreign(reference, lambda e, h: module.InteractingLayer(e, num_heads=h))
 
 
 def _engine(reference: ReferenceInteractingLayer, backend: str) -> InteractingLayer:
@@ -315,7 +282,7 @@ def _engine(reference: ReferenceInteractingLayer, backend: str) -> InteractingLa
     return layer
 
 
-def _ready(layer: InteractingLayer, case: Case) -> str:
+def ready(layer: Fused, case: Case) -> str:
     """Says what "auto" takes, and has the code built that the native engine runs this shape with."""
     choice, reasons = autoint_fast.why(layer, inputs(case))
     explicit = layer.backend != "auto"
@@ -325,7 +292,7 @@ def _ready(layer: InteractingLayer, case: Case) -> str:
     if choice == "native":
         engine: Any = ENGINES["native"]
         try:
-            engine.build(case.shape.fields, case.layout, case.torch_dtype)
+            engine.build(case.shape.fields, layer.layout(case.shape.fields), case.torch_dtype)
         except RuntimeError as error:
             if explicit:
                 raise Unable(str(error)) from None
@@ -337,7 +304,7 @@ def _frozen(reference: ReferenceInteractingLayer) -> InteractingLayer:
     return _engine(reference, "auto").eval().freeze()
 
 
-def _whole(case: Case) -> int:
+def whole(case: Case) -> int:
     """Scores and probabilities of all samples at once, beside q, k and v."""
     b, (_, f, e, h) = case.batch, case.shape
     return b * f * (e * (4 + 4 * h) + 2 * h * f) * (2 if case.training else 1)
@@ -349,7 +316,7 @@ def _streamed(case: Case) -> int:
     return b * f * e * (4 + 4 * h) * (2 if case.training else 1)
 
 
-def _fused(case: Case) -> int:
+def fused(case: Case) -> int:
     """Input and output, and their gradients."""
     b, (_, f, e, _) = case.batch, case.shape
     return b * f * e * (4 if case.training else 2)
@@ -361,7 +328,7 @@ _EXTERNAL = (
         "the layer as einsum writes it: the definition",
         lambda reference: reference,
         the_layer,
-        _whole,
+        whole,
     ),
     Contestant(
         "sdpa",
@@ -381,20 +348,20 @@ _EXTERNAL = (
         _arrange_sdpa,
         splits=True,
     ),
-    Contestant("compile", "torch.compile of the reference", _compiled, the_layer, _whole, only_at=("criteo",)),
+    Contestant("compile", "torch.compile of the reference", _compiled, the_layer, whole, only_at=("criteo",)),
     Contestant(
         "mha",
         "nn.MultiheadAttention with a residual",
-        functools.partial(_foreign, make=MultiheadLayer),
+        functools.partial(foreign, make=MultiheadLayer),
         multihead_attention,
-        _whole,
+        whole,
         splits=True,
     ),
-    Contestant("deepctr", "DeepCTR-Torch's InteractingLayer", _deepctr, deepctr, _whole),
-    Contestant("rechub", "torch-rechub's InteractingLayer", _rechub, rechub, _whole),
+    Contestant("deepctr", "DeepCTR-Torch's InteractingLayer", _deepctr, deepctr, whole),
+    Contestant("rechub", "torch-rechub's InteractingLayer", _rechub, rechub, whole),
 )
 _OURS = tuple(
-    Contestant(f"ours-{name}", about, build, the_layer, _fused, ready=_ready, modes=modes, ours=True)
+    Contestant(f"ours-{name}", about, build, the_layer, fused, ready=ready, modes=modes, ours=True)
     for name, about, build, modes in (
         ("torch", "autoint_fast's PyTorch engine", functools.partial(_engine, backend="torch"), MODES),
         ("native", "autoint_fast's C++ engine", functools.partial(_engine, backend="native"), MODES),

@@ -69,7 +69,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run on the rows of this Criteo log: label, 13 integers, 26 hashes, tabs between",
     )
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--device", default="cpu", type=_device, help="cpu, cuda or cuda:N (default: cpu)")
+    how.add_argument("--device", default="cpu", type=command.device, help="cpu, cuda or cuda:N (default: cpu)")
     how.add_argument(
         "--threads",
         type=at_least(1, int),
@@ -95,20 +95,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--no-plot", dest="plot", action="store_false", help="leave out the picture")
     names = [f"  {contestant.name:<14}{contestant.about}" for contestant in CONTESTANTS.values()]
     parser.epilog = "\n".join(["contestants:", *names, "", parser.epilog or ""])
-
-
-def _device(text: str) -> str:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    if device.type == "cpu":
-        return "cpu"
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices, got {text!r}")
-    return text
 
 
 def _prepare(options: argparse.Namespace, parser: argparse.ArgumentParser, errors: Console) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype, operations
+from ..weights import NEED_INPUT, NEED_WEIGHTS, InteractingParameters, Layout, folded_dtype, operations, row_by_row
 from . import native_build, torch_engine
 from .native_build import Spec
 
@@ -257,7 +257,7 @@ def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
 
 class _Comparison:
     def __init__(self, copy: InteractingParameters, given: InteractingParameters) -> None:
-        self.given = [t for t in given if t is not None]
+        self.given = [row_by_row(t) for t in given if t is not None]
         # Its memory is what is compared with.
         self.kept = [t for t in copy if t is not None]
         sizes = [t.numel() * t.element_size() for t in self.kept]

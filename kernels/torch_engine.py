@@ -424,6 +424,16 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     return out
 
 
+def _add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [H, M, N] += left [H, M, rows] right [H, rows, N].
+
+    A head at a time, the narrower matrix on the left, and added afterwards: batched, with a narrow one on the right, or
+    in place, a CPU takes such long sums number by number, at several times the rounding error.
+    """
+    for t, a, b in zip(total, left, right, strict=True):
+        t.add_(torch.mm(a, b) if a.shape[0] <= b.shape[1] else torch.mm(b.t(), a.t()).t())
+
+
 @_plain_torch
 def interact_backward(
     grad: Tensor, x: Tensor, packed: Tensor, out: Tensor | None, mask: Tensor | None, layout: Layout, needs: int
@@ -466,7 +476,7 @@ def interact_backward(
             if width.output == MERGED and not width.factored:
                 d.m.view(-1, width.out_size).addmm_(z.view(n * f, -1).t(), d_y)
             else:
-                d.m.baddbmm_(_by_head(z, width).mT, _outputs_by_head(d_y, width))
+                _add_products(d.m, _by_head(z, width).mT, _outputs_by_head(d_y, width))
         if not needs & (NEED_INPUT | NEED_SCORES) and not (needs & NEED_VALUES and width.factored):
             continue
         d_z = _output_gradients(d_y, weights, width, scale.mT)
@@ -503,7 +513,7 @@ def interact_backward(
             for d_t, d_weight, weight, needed in projections:
                 by_head = _by_head(d_t, width)
                 if needs & needed:
-                    d_weight.transpose(0, 1).baddbmm_(for_all, by_head)
+                    _add_products(d_weight.transpose(0, 1), for_all, by_head)
                 if d_rows is not None:
                     for i in range(h):
                         d_rows.addmm_(by_head[i], weight[:, i].t())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Iterator
 
@@ -38,3 +39,17 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says aloud which libraries test_libraries.py did not find, and how many of its tests hang on each."""
+    missing = collections.Counter(
+        reason.removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", ())
+        if isinstance(report.longrepr, tuple) and (reason := report.longrepr[2]).startswith("Skipped: library ")
+    )
+    if missing:
+        terminalreporter.section("NOT TESTED: libraries that are not here", red=True, bold=True)
+        for reason, tests in sorted(missing.items()):
+            terminalreporter.line(f"{reason} ({tests} tests skipped)", red=True)
+        terminalreporter.line("`python tests/install_libraries.py` installs them")

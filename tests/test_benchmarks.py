@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoint_fast import ReferenceInteractingLayer
-from benchmarks import compare, contestants, criteo, machine, memory, parity, plot, report, timing
+from benchmarks import compare, contestants, criteo, installed, machine, memory, parity, plot, report, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import FORWARD, SHAPES, TRAINING, Case, Shape, parse_shape, threads_for
 from benchmarks.contestants import CONTESTANTS, Contestant
@@ -236,17 +236,22 @@ def test_a_package_is_entered_without_its_init(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "noisy" / "inner" / "__init__.py").write_text("")
     (tmp_path / "noisy" / "inner" / "layers.py").write_text("VALUE = 7")
     monkeypatch.syspath_prepend(tmp_path)
-    with contestants._bare_package("noisy"):
-        assert contestants._import("noisy.inner.layers").VALUE == 7
-    assert "noisy" not in sys.modules
+    monkeypatch.setattr(installed, "BARE", {"noisy": ("noisy",)})
+    assert installed.load("noisy.inner.layers").VALUE == 7
 
 
-def test_what_is_not_installed_says_so() -> None:
-    with (
-        contestants._bare_package("no_such_package"),
-        pytest.raises(contestants.Unable, match="not installed"),
-    ):
-        contestants._import("no_such_package.layers")
+@pytest.mark.parametrize("bare", [(), ("no_such_package",)])
+def test_what_is_not_installed_says_so(bare: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "BARE", {"no_such_package": bare})
+    with pytest.raises(contestants.Unable, match="not installed"):
+        installed.load("no_such_package.layers")
+
+
+def test_what_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(contestants.Unable, match="cannot be imported: No module named 'no_such_package'"):
+        installed.load("broken_package")
 
 
 # --- timing -------------------------------------------------------------------------------------------------

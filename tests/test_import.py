@@ -53,10 +53,16 @@ def test_public_names() -> None:
     assert sorted(autoint_fast.__all__) == [
         "FlattenedInteractingLayer",
         "InteractingLayer",
+        "InteractingParameters",
+        "Interaction",
         "PaperInteractingLayer",
         "ReferenceInteractingLayer",
+        "Report",
         "__version__",
+        "accelerate",
         "interacting_reference",
+        "register_adapter",
+        "restore",
         "why",
     ]
     assert all(getattr(autoint_fast, name) for name in autoint_fast.__all__)

@@ -1,0 +1,320 @@
+"""The interacting layers of other libraries: what each computes, and how it is called.
+
+No library is imported: a class is known by its qualified name, and a module of it is then judged by what it holds. The
+formulas are those of DeepCTR-Torch 0.3.0, torch-rechub 0.9.0, FuxiCTR 2.3.10, torchfm 0.7.0, RecBole 1.2.1,
+pytorch_tabular 1.2.0 and pytorch-widedeep 1.7.0, read in their sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .fused import Fused
+from .projections import has_hooks, prepare_projection
+from .reference import ReferenceInteractingLayer, attention_probabilities
+from .validation import check_input, check_mask
+from .weights import InteractingParameters, Interaction
+
+# What a module computes, with its tensors as they are now, or in words why the op cannot say it.
+Adapter = Callable[[Any], "Interaction | str"]
+
+
+class Accelerated(Fused):
+    """The forward of an accelerated module: the fused op where a call allows it, else what the module did before.
+
+    The class of such a module derives from a subclass of this, which gives `adapter`, and from the class it had.
+    """
+
+    keep_attention: bool = False
+
+    @staticmethod
+    def adapter(module: Any) -> Interaction | str:
+        """What the module computes, or why it cannot be said."""
+        raise NotImplementedError
+
+    @staticmethod
+    def arguments(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """With what the module's forward is called to be applied to x (B, F, E)."""
+        return (x,)
+
+    def interaction(self) -> Interaction:
+        described = self.adapter(self)
+        if isinstance(described, str):
+            raise ValueError(f"{type(self).__name__}: {described}")
+        return described
+
+    def describe(self, x: Tensor) -> Interaction | None:
+        """What a call with x (B, F, E) computes; None where it is not for the op."""
+        described = self.adapter(self) if self._frozen is None else self._frozen.interaction
+        if isinstance(described, str) or (described.dropout and self.training):
+            return None
+        known = isinstance(x, Tensor) and x.ndim == 3 and not x.is_nested and x.is_floating_point()
+        return described if known and x.shape[2] == described.parameters.w_q.shape[1] else None
+
+    def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
+        """What the module makes of the op's output (B, F, O)."""
+        return out
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of the class the module had."""
+        interaction = self.describe(args[0]) if len(args) == 1 and not kwargs else None
+        if interaction is None:
+            return self._original_forward(*args, **kwargs)
+        out = self.fused(args[0], interaction=interaction)
+        assert isinstance(out, Tensor)
+        return self.finish(out, args[0], interaction)
+
+    def _original_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        frozen = ", frozen" if self._frozen is not None else ""
+        return ", ".join(filter(None, (super().extra_repr(), f"accelerated, backend={self.backend!r}{frozen}")))
+
+
+def _uncalled(layer: nn.Module, *names: str) -> str:
+    """Why the children of these names cannot be left uncalled, and their weights read instead; "" where they can."""
+    for name in names:
+        child = getattr(layer, name)
+        if isinstance(child, nn.Linear):
+            try:
+                prepare_projection(name, child)
+            except (TypeError, RuntimeError) as error:
+                return str(error)
+            if child.bias is not None:
+                return f"{name}: expected no bias"
+        elif child is not None and has_hooks(child):
+            return f"{name}: a hook on it would never run"
+    return ""
+
+
+class DeepCTR(Accelerated):
+    """relu(heads + x W_Res), unscaled by default, every weight applied as x @ W.
+
+    Like the original it keeps P (H, B, F, F) of the last call as `normalized_att_scores`, with `keep_attention`.
+    """
+
+    @staticmethod
+    def adapter(module: Any) -> Interaction | str:
+        w_q, w_k, w_v = module.W_Query.t(), module.W_key.t(), module.W_Value.t()
+        w_r = module.W_Res.t() if module.use_res else None
+        scale = 1 / math.sqrt(module.att_embedding_size) if module.scaling else 1.0
+        p = InteractingParameters(w_q, None, w_k, None, w_v, None, None, None, w_r, None)
+        return Interaction(p, module.head_num, scale, "projection" if module.use_res else "none")
+
+    def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
+        if self.keep_attention:
+            self.normalized_att_scores = attention_probabilities(x, interaction, None)
+        elif "normalized_att_scores" in self.__dict__:
+            # An earlier call's, made by the original code.
+            del self.normalized_att_scores
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "normalized_att_scores":
+            raise AttributeError(
+                "normalized_att_scores: an accelerated layer does not keep them; call restore(model), then "
+                "accelerate(model, keep_attention=True)"
+            )
+        return super().__getattr__(name)
+
+
+class Rechub(Accelerated):
+    """relu(heads + W_Res(x)), scaled, with dropout on P."""
+
+    @staticmethod
+    def adapter(module: Any) -> Interaction | str:
+        if why := _uncalled(module, "W_Q", "W_K", "W_V", "W_Res", "dropout"):
+            return why
+        residual = module.residual and module.W_Res is not None
+        w_r = module.W_Res.weight if residual else None
+        p = InteractingParameters(
+            module.W_Q.weight, None, module.W_K.weight, None, module.W_V.weight, None, None, None, w_r, None
+        )
+        kind = "projection" if residual else "none"
+        dropout = 0.0 if module.dropout is None else module.dropout.p
+        return Interaction(p, module.num_heads, module.scale, kind, dropout=dropout)
+
+
+class FuxiCTR(Accelerated):
+    """relu(heads + residual), unscaled by default; W_res(x) is added only where the width changes, else x itself.
+
+    With a LayerNorm before relu, both follow the op.
+    """
+
+    layer_norm: nn.Module | None
+
+    @staticmethod
+    def adapter(module: Any) -> Interaction | str:
+        if why := _uncalled(module, "W_q", "W_k", "W_v", "W_res", "dot_attention"):
+            return why
+        w_r = None if module.W_res is None else module.W_res.weight
+        p = InteractingParameters(
+            module.W_q.weight, None, module.W_k.weight, None, module.W_v.weight, None, None, None, w_r, None
+        )
+        residual = "none" if not module.use_residual else "identity" if w_r is None else "projection"
+        scale = 1 / module.scale if module.scale else 1.0
+        dropout = module.dot_attention.dropout
+        return Interaction(
+            p, module.num_heads, scale, residual, module.layer_norm is None, 0.0 if dropout is None else dropout.p
+        )
+
+    def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
+        return out if self.layer_norm is None else torch.relu(self.layer_norm(out))
+
+
+class MultiheadAttention(Accelerated):
+    """`torch.nn.MultiheadAttention` as the AutoInt models of libraries call it: on one tensor, for its output alone.
+
+    Gives (out, None), with `keep_attention` the weights as the original does. A query whose every key is hidden gets
+    no attention, where the original gives NaN.
+    """
+
+    @staticmethod
+    def adapter(module: Any) -> Interaction | str:
+        if not module._qkv_same_embed_dim:
+            return "keys or values of a width of their own"
+        if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+            return "keys beside those of the fields (add_bias_kv, add_zero_attn)"
+        w_q, w_k, w_v = module.in_proj_weight.chunk(3)
+        bias = module.in_proj_bias
+        b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
+        out = module.out_proj
+        p = InteractingParameters(w_q, b_q, w_k, b_k, w_v, b_v, out.weight, out.bias, None, None)
+        scale = 1 / math.sqrt(module.head_dim)
+        return Interaction(p, module.num_heads, scale, "none", relu=False, dropout=module.dropout)
+
+    @staticmethod
+    def arguments(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return (x if module.batch_first else x.transpose(0, 1),) * 3
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x three times, (F, B, E) or with `batch_first` (B, F, E); bool masks, True = hidden: (B, F) and (F, F)."""
+        x = query if self.batch_first or query.ndim != 3 else query.transpose(0, 1)
+        masked = key_padding_mask is not None or attn_mask is not None
+        mask = _joined(key_padding_mask, attn_mask) if masked else None
+        plain = query is key and key is value and not is_causal and (mask is not None) == masked
+        interaction = self.describe(x) if plain else None
+        if interaction is None:
+            arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._original_forward(*arguments)  # type: ignore[no-any-return]
+        weights = None
+        if self.keep_attention and need_weights:
+            out, weights = self.fused(x, check_mask(mask, x), True, interaction)
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            out = self.fused(x, check_mask(mask, x), interaction=interaction)
+        assert isinstance(out, Tensor)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+
+def _joined(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """One mask that broadcasts to (B, F, F), True = hidden; None where the op has none such."""
+    padding = attn_mask if key_padding_mask is None else key_padding_mask
+    pairs = padding if attn_mask is None else attn_mask
+    assert padding is not None and pairs is not None
+    if not padding.dtype == pairs.dtype == torch.bool or not padding.ndim == pairs.ndim == 2:
+        return None
+    if key_padding_mask is None:
+        return attn_mask
+    return key_padding_mask[:, None] if attn_mask is None else key_padding_mask[:, None] | attn_mask
+
+
+class Reference(Accelerated):
+    """This package's own reference, which becomes what `InteractingLayer` is."""
+
+    parameter_names = ReferenceInteractingLayer.parameter_names
+
+    @staticmethod
+    def adapter(module: Any) -> Interaction | str:
+        return ReferenceInteractingLayer.interaction(module)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False) -> Any:
+        check_input(x, self.emb_size)
+        return self.fused(x, check_mask(mask, x), return_attention)
+
+
+class Caller(NamedTuple):
+    """A model that applies a stack of `nn.MultiheadAttention` to one tensor and uses the outputs alone.
+
+    stack: the attribute that holds them. methods: those of the model whose code is what does so.
+    """
+
+    stack: str
+    methods: tuple[str, ...]
+
+
+LAYERS = MappingProxyType(
+    {
+        "deepctr_torch.layers.interaction.InteractingLayer": DeepCTR,
+        "torch_rechub.basic.layers.InteractingLayer": Rechub,
+        "torch.nn.modules.activation.MultiheadAttention": MultiheadAttention,
+        f"{ReferenceInteractingLayer.__module__}.{ReferenceInteractingLayer.__qualname__}": Reference,
+    }
+)
+CALLERS = MappingProxyType(
+    {
+        "torchfm.model.afi.AutomaticFeatureInteractionModel": Caller("self_attns", ("forward",)),
+        "recbole.model.context_aware_recommender.autoint.AutoInt": Caller("self_attns", ("forward", "autoint_layer")),
+        "pytorch_tabular.models.autoint.autoint.AutoIntBackbone": Caller("self_attns", ("forward",)),
+        "pytorch_widedeep.models.rec.autoint.AutoInt": Caller("attention_layers", ("forward",)),
+        "pytorch_widedeep.models.rec.autoint_plus.AutoIntPlus": Caller(
+            "attention_layers", ("forward", "_apply_attention_layers")
+        ),
+    }
+)
+
+_registered: dict[type, type[Accelerated]] = {}
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def register_adapter(cls: type[nn.Module], adapter: Adapter) -> None:
+    """Lets `accelerate` take modules of the class `cls`, and of its subclasses that keep its forward.
+
+    adapter: given such a module, what it computes as an `Interaction`, or a reason why it cannot be said, as a string.
+        It is asked at every call, so that it reads the tensors the module has then, as views where it can. A call that
+        has anything but one positional argument x (B, F, E), and in training one with `Interaction.dropout`, is left
+        to the class's own forward.
+
+    A process that unpickles an accelerated module must have registered the adapter: best where the class is defined.
+    Raises TypeError for what is no class of modules or cannot be called.
+    """
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise TypeError(f"cls: expected a subclass of torch.nn.Module, got {cls!r}")
+    if issubclass(cls, Fused):
+        raise TypeError(f"cls: expected a class that autoint_fast has not made faster yet, got {cls.__name__}")
+    if not callable(adapter):
+        raise TypeError(f"adapter: expected a function of a module, got {adapter!r}")
+    _registered[cls] = type("Registered", (Accelerated,), {"adapter": staticmethod(adapter)})
+
+
+def find(cls: type) -> tuple[type, type[Accelerated]] | None:
+    """The nearest base of `cls` for which there is an adapter, and what accelerates it."""
+    for base in cls.__mro__:
+        family = _registered.get(base) or LAYERS.get(qualified_name(base))
+        if family is None and base.__qualname__ == "MultiHeadSelfAttention":
+            # FuxiCTR's scripts put its model zoo's folders on the path, under whatever name.
+            folders = base.__module__.split(".")
+            family = FuxiCTR if folders[0] == "fuxictr" or "model_zoo" in folders or folders[-1] == "AutoInt" else None
+        if family is not None:
+            return base, family
+    return None
