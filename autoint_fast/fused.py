@@ -44,6 +44,10 @@ class _Known:
         same = all(map(operator.is_, p, self.given)) or all(map(_same_view, p, self.given))
         return same and tuple(map(Tensor.data_ptr, self.present)) == self.addresses
 
+    def may_recur(self) -> bool:
+        """Whether the next call may come with these tensors: not with what a parametrisation has just computed."""
+        return all(t.is_leaf or (t._base is not None and t._base.is_leaf) for t in self.present)
+
     def choose(self, n_fields: int, dtype: torch.dtype, backend: str, form: str) -> tuple[Layout, str]:
         """The layout and the engine for a call."""
         asked = (n_fields, dtype, backend, form)
@@ -149,8 +153,8 @@ class Fused(nn.Module):
         if x.shape[2] != p.w_q.shape[1]:
             raise ValueError(f"x: expected the width of the layer's weights, {p.w_q.shape[1]}, got {x.shape[2]}")
         dtype = check_dtype(x, p.w_q)
-        if is_new:
-            self._last = known
+        if is_new and known is not None:
+            self._last = known if known.may_recur() else None
         if known is not None:
             layout, backend = known.choose(x.shape[1], dtype, self.backend, self.form)
         else:

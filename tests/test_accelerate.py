@@ -661,7 +661,7 @@ def test_wrong_descriptions_are_found_out() -> None:
             Interaction(p._replace(w_q=p.w_k, w_k=p.w_v), 2, 1.0, "none"),
         ],
         "residual: expected": [Interaction(p, 2, 1.0, "identity"), Interaction(p, 2, 1.0, "some")],
-        "w_k: expected a": [Interaction(p._replace(w_k=p.w_k.t()), 2, 1.0, "none")],
+        "w_k: expected the shape": [Interaction(p._replace(w_k=p.w_k.t()), 2, 1.0, "none")],
         "what the adapter says a": [Interaction(p._replace(w_v=None), 2, 1.0, "none")],
         "no such layer": ["no such layer"],
     }
