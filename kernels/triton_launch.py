@@ -31,7 +31,8 @@ from . import triton_fold, triton_resident, triton_streaming
 
 BLOCK = 16
 MASK_NONE, MASK_KEYS, MASK_PAIRS = 0, 1, 2
-# A row of partial sums per program is read once more: more than this is not worth the parallelism.
+# What programs keep in memory, a row of partial sums or of projected keys and values each, is read once more: more
+# than this is not worth the parallelism, and would not stay in the second-level cache.
 PARTIAL_BYTES = 32 << 20
 
 
