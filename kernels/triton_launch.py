@@ -123,8 +123,9 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     # A mask of pairs takes as many registers as the scores.
     pressed = mask_kind == MASK_PAIRS or (precision == "tf32x4" and mask_kind != MASK_NONE) or (fp32 and wide)
     keys = BLOCK if pressed else 2 * BLOCK
-    # Left to itself the compiler settles for fewer registers than projecting keys takes, and spills.
-    return Config(precision, pack=pack, rows=rows, keys=keys, maxnreg=255 if layout.factored else None)
+    # Left to itself the compiler settles for fewer registers than these take, and spills.
+    maxnreg = 255 if layout.factored or layout.output != MERGED else None
+    return Config(precision, pack=pack, rows=rows, keys=keys, maxnreg=maxnreg)
 
 
 def backward_config(n_fields: int, precision: str, mask_kind: int) -> Config:
