@@ -31,7 +31,8 @@ from . import triton_fold, triton_resident, triton_streaming
 
 BLOCK = 16
 MASK_NONE, MASK_KEYS, MASK_PAIRS = 0, 1, 2
-# A row of partial sums per program is read once more: more than this is not worth the parallelism.
+# What programs keep in memory, a row of partial sums or of projected keys and values each, is read once more: more
+# than this is not worth the parallelism, and would not stay in the second-level cache.
 PARTIAL_BYTES = 32 << 20
 
 
@@ -122,8 +123,9 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     # A mask of pairs takes as many registers as the scores.
     pressed = mask_kind == MASK_PAIRS or (precision == "tf32x4" and mask_kind != MASK_NONE) or (fp32 and wide)
     keys = BLOCK if pressed else 2 * BLOCK
-    # Left to itself the compiler settles for fewer registers than projecting keys takes, and spills.
-    return Config(precision, pack=pack, rows=rows, keys=keys, maxnreg=255 if layout.factored else None)
+    # Left to itself the compiler settles for fewer registers than these take, and spills.
+    maxnreg = 255 if layout.factored or layout.output != MERGED else None
+    return Config(precision, pack=pack, rows=rows, keys=keys, maxnreg=maxnreg)
 
 
 def backward_config(n_fields: int, precision: str, mask_kind: int) -> Config:

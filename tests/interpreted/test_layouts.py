@@ -103,8 +103,10 @@ class Case:
     def parts(self, packed: Tensor) -> Parts:
         return self.layout.parts(packed.detach())
 
-    def judge(self) -> None:
-        d_x, d_packed = self.backward()
+    def judge(self, config: Config | None = None) -> None:
+        if config is not None:
+            self.out = triton_engine.interact(self.x, self.packed, self.mask, self.layout, config)
+        d_x, d_packed = self.backward(config=config)
         assert_close_to_truth("out", self.out, self.plain.out, self.truth.out.detach())
         assert_close_to_truth("gradient of x", d_x, self.plain.d_x, self.truth.d_x)
         # A maximum over a bias's few numbers says little, so it is taken over all parts; fp64 allows no luck.
@@ -162,9 +164,9 @@ NEEDS = {
     ids=describe,
 )
 def test_only_what_is_needed(layout: Layout) -> None:
-    """Each part alone, and all but that part: the others are zero."""
-    case = Case(layout, 6, 3, "keys")
-    for needs in (*NEEDS, *(EVERYTHING - bit for bit in NEEDS)):
+    """Each part alone, and all but one: the others are zero."""
+    case = Case(layout, 6, 2, "keys")
+    for needs in (*NEEDS, EVERYTHING - NEED_INPUT, EVERYTHING - NEED_VALUES):
         d_x, d_packed = case.backward(needs)
         assert (d_x is not None) == bool(needs & NEED_INPUT)
         if d_x is not None:
@@ -182,13 +184,12 @@ def test_only_what_is_needed(layout: Layout) -> None:
 @pytest.mark.parametrize(("rows", "keys"), [(16, 32), (32, 16), (32, 32)])
 def test_cuts(rows: int, keys: int) -> None:
     layout = Layout(1, 16, 8, 16, 1, MERGED, PROJECTION)
-    case = Case(layout, 35, 1, "pairs")
-    config = Config("ieee", rows=rows, keys=keys)
-    out = triton_engine.interact(case.x, case.packed, case.mask, layout, config)
-    assert_close_to_truth("out", out, out, case.truth.out.detach())
-    d_x, d_packed = case.backward(config=config)
-    assert_close_to_truth("gradient of x", d_x, d_x, case.truth.d_x)
-    assert_close_to_truth("gradient", d_packed, d_packed, case.truth.d_packed)
+    Case(layout, 35, 1, "pairs").judge(Config("ieee", rows=rows, keys=keys))
+
+
+@pytest.mark.parametrize("layout", [DEEPCTR, PAPER, ATTENTION], ids=describe)
+def test_a_program_walks_over_tiles(layout: Layout) -> None:
+    Case(layout, 3, 9, "keys").judge(Config("ieee", pack=4, programs_per_sm=1))
 
 
 @pytest.mark.parametrize("layout", [DEEPCTR, ATTENTION], ids=describe)
@@ -257,8 +258,8 @@ def test_gradient_columns_beyond_32_bits() -> None:
 # --- folding ------------------------------------------------------------------------------------------------------
 
 
-def draw_parameters(layout: Layout, width: int, dtype: torch.dtype, biases: bool) -> InteractingParameters:
-    """What folds into `layout`, with heads of `width`."""
+def draw_parameters(layout: Layout, width: int, dtype: torch.dtype, biases: Sequence[str]) -> InteractingParameters:
+    """What folds into `layout`, with heads of `width` and the biases that are named, where there is room for them."""
     h, e, _, o = layout[:4]
     rows = h * width
     bare = layout.output == BARE and not layout.factored
@@ -269,15 +270,15 @@ def draw_parameters(layout: Layout, width: int, dtype: torch.dtype, biases: bool
     merged, projected = layout.output == MERGED, layout.residual == PROJECTION
     return InteractingParameters(
         w_q=draw(rows, e),
-        b_q=draw(rows, there=biases),
+        b_q=draw(rows, there="b_q" in biases),
         w_k=draw(rows, e),
-        b_k=draw(rows, there=biases),
+        b_k=draw(rows, there="b_k" in biases),
         w_v=draw(rows, e, there=not bare),
-        b_v=draw(rows, there=biases and not bare),
+        b_v=draw(rows, there="b_v" in biases and not bare),
         w_o=draw(o, rows, there=merged),
-        b_o=draw(o, there=biases and merged),
+        b_o=draw(o, there="b_o" in biases and merged),
         w_r=draw(o, e, there=projected),
-        b_r=draw(o, there=biases and projected),
+        b_r=draw(o, there="b_r" in biases and projected),
     )
 
 
@@ -314,9 +315,9 @@ FOLDINGS = [
 ]
 
 
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("biases", [("b_k", "b_v", "b_r"), ("b_q", "b_o")], ids=str)
 @pytest.mark.parametrize(("layout", "width"), FOLDINGS, ids=lambda value: str(value)[6:] if value else "")
-def test_folding(layout: Layout, width: int, biases: bool) -> None:
+def test_folding(layout: Layout, width: int, biases: Sequence[str]) -> None:
     p = draw_parameters(layout, width, torch.float64, biases)
     leaves = [None if t is None else t.requires_grad_() for t in p]
     truth = fold_plainly(leaves, layout, 0.3)
@@ -342,7 +343,7 @@ def test_folding(layout: Layout, width: int, biases: bool) -> None:
 def test_folding_of_half_precision_and_strided_parameters() -> None:
     """Folded in fp32; gradients come in the parameters' dtype."""
     layout = Layout(2, 16, 8, 16, 1, MERGED, PROJECTION)
-    p = draw_parameters(layout, 8, torch.bfloat16, True)
+    p = draw_parameters(layout, 8, torch.bfloat16, InteractingParameters._fields)
     p = p._replace(w_q=p.w_q.T.contiguous().T, w_r=p.w_r.T.contiguous().T)
     packed = triton_engine.fold(p, layout, 0.25)
     assert packed.dtype == torch.float32
