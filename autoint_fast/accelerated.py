@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .libraries import Accelerated, find
+from .libraries import find
 
 
 def accelerated_class(cls: Any) -> type:
@@ -30,10 +30,6 @@ def accelerated_class(cls: Any) -> type:
 def original_class(cls: type) -> type:
     """What `accelerated_class` made `cls` from."""
     return cls.__bases__[1]
-
-
-def is_accelerated(module: nn.Module) -> bool:
-    return isinstance(module, Accelerated)
 
 
 def class_of(module: nn.Module) -> type:

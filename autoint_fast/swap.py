@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from .accelerated import accelerated_class, change_class, class_of, is_accelerated, original_class
+from .accelerated import accelerated_class, change_class, class_of, original_class
 from .fused import Fused
 from .libraries import CALLERS, Accelerated, MultiheadAttention, Reference, find, qualified_name
 from .validation import check_parameters, describe
@@ -95,7 +95,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", keep_attention: bool 
         for name, module in model.named_modules():
             cls = class_of(module)
             found = find(cls)
-            if found is None or (isinstance(module, Fused) and not is_accelerated(module)):
+            if found is None or (isinstance(module, Fused) and not isinstance(module, Accelerated)):
                 continue
             base, family = found
             kind = qualified_name(base)
@@ -153,7 +153,7 @@ def _describe(
     module: nn.Module, cls: type, base: type, family: type[Accelerated], callers: dict[nn.Module, str]
 ) -> Interaction | str:
     """What the module computes, or why it is left alone."""
-    if is_accelerated(module):
+    if isinstance(module, Accelerated):
         return f"accelerated already, backend={module.backend!r}; call restore first for another"
     if "forward" in vars(module) or cls.forward is not base.forward:  # type: ignore[attr-defined]
         return f"{cls.__name__} has a forward of its own"
@@ -202,7 +202,8 @@ def _output(module: nn.Module, family: type[Accelerated], described: Interaction
     w_q = described.parameters.w_q
     if w_q.is_meta:
         return None
-    x = torch.randn(2, 3, w_q.shape[1], generator=torch.Generator().manual_seed(0)).to(w_q)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, w_q.shape[1], generator=draw, device="cpu").to(w_q)
     state = dict(vars(module))
     training = [(child, child.training) for child in module.modules()]
     try:

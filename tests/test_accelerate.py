@@ -27,7 +27,7 @@ from autoint_fast import (
     restore,
     swap,
 )
-from autoint_fast.accelerated import is_accelerated
+from autoint_fast.libraries import Accelerated
 from benchmarks.model_zoo import MultiHeadSelfAttention
 from tests.numerics import assert_close_to_truth
 from tests.swapping import assert_same_numbers, run
@@ -185,12 +185,13 @@ def test_under_autocast(name: str) -> None:
     assert_close_to_truth("out", got, expected, truth, unit=torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("name", MAKERS)
-def test_dtypes_and_serving(name: str) -> None:
+def test_dtypes_and_serving(name: str, backend: str) -> None:
     """Without gradients, with weights that change in between, in low precision, frozen."""
     layer = MAKERS[name]().eval()
     plain = copy.deepcopy(layer)
-    accelerate(layer, backend="torch")
+    accelerate(layer, backend=backend)
     x = torch.randn(6, 5, 8)
     with torch.no_grad():
         for _ in range(2):
@@ -203,7 +204,7 @@ def test_dtypes_and_serving(name: str) -> None:
         for q in plain.parameters():
             q.mul_(0.5)
         torch.testing.assert_close(layer(x), plain(x))
-        frozen = [m.freeze() for m in layer.modules() if is_accelerated(m)]
+        frozen = [m.freeze() for m in layer.modules() if isinstance(m, Accelerated)]
         assert frozen and "frozen" in repr(layer)
         torch.testing.assert_close(layer(x), plain(x))
         layer.train()
@@ -274,13 +275,13 @@ def test_twice_changes_nothing() -> None:
     assert children(model) == before and classes(model) == kinds
     restore(model)
     restore(model)
-    assert not any(map(is_accelerated, model.modules()))
+    assert not any(isinstance(module, Accelerated) for module in model.modules())
 
 
 def test_the_model_itself() -> None:
     layer = Toy()
     report = accelerate(layer, backend="torch")
-    assert is_accelerated(layer) and report.replaced[0].name == ""
+    assert isinstance(layer, Accelerated) and report.replaced[0].name == ""
     assert "(the model)" in str(report)
     restore(layer)
     assert type(layer) is Toy
@@ -339,7 +340,7 @@ def test_copies(again: Callable[[nn.Module], nn.Module]) -> None:
         torch.testing.assert_close(module(x), out)
     restore(twin)
     assert [type(module) for module in twin.values()] == [Toy, ReferenceInteractingLayer, MultiHeadSelfAttention]
-    assert is_accelerated(model["toy"])
+    assert isinstance(model["toy"], Accelerated)
     for name, state in children(twin).items():
         assert state.keys() == before[name].keys() - {"calls"} | ({"calls"} & before[name].keys())
     for module, out in zip(twin.values(), expected, strict=True):
@@ -378,7 +379,7 @@ def test_unpickling_needs_the_adapter() -> None:
 
 
 def _in_child(layer: nn.Module, x: Tensor, queue: Any) -> None:
-    queue.put((is_accelerated(layer), layer(x).tolist()))
+    queue.put((isinstance(layer, Accelerated), layer(x).tolist()))
 
 
 def test_in_a_spawned_process() -> None:
@@ -430,16 +431,16 @@ def test_parametrizations(first: str, removed: str) -> None:
     parametrize.register_parametrization(layer, "projections", Halved())
     if first == "parametrize":
         assert accelerate(layer, backend="torch").replaced
-    assert is_accelerated(layer) and parametrize.is_parametrized(layer)
+    assert isinstance(layer, Accelerated) and parametrize.is_parametrized(layer)
     torch.testing.assert_close(layer(x), plain(x))
     twin = copy.deepcopy(layer)
     torch.testing.assert_close(twin(x), plain(x))
     for how in (removed, {"restore": "parametrization", "parametrization": "restore"}[removed]):
         if how == "restore":
             restore(layer)
-            assert not is_accelerated(layer)
+            assert not isinstance(layer, Accelerated)
             # A copy has the same class, until one of the two changes.
-            assert is_accelerated(twin)
+            assert isinstance(twin, Accelerated)
         else:
             parametrize.remove_parametrizations(layer, "projections")
         torch.testing.assert_close(layer(x), plain(x))
@@ -614,7 +615,7 @@ def test_multihead_attention_that_is_left_alone(make: Callable[[], nn.Module], r
     model = make()
     report = accelerate(model)
     assert not report.replaced and report.left and all(reason in left.reason for left in report.left)
-    assert not any(map(is_accelerated, model.modules()))
+    assert not any(isinstance(module, Accelerated) for module in model.modules())
 
 
 # --- what is left alone, and errors ---------------------------------------------------------------------------
@@ -720,6 +721,12 @@ def test_the_check_leaves_no_trace() -> None:
         assert len(accelerate(model, backend="torch").replaced) == 2
     assert torch.equal(torch.get_rng_state(), state)
     assert model[0].training and model[0].dot_attention.dropout.training and not model[1].training
+
+
+def test_under_another_default_device() -> None:
+    layer = Toy()
+    with torch.device("meta"):
+        assert accelerate(layer, backend="torch").replaced
 
 
 def test_on_the_meta_device() -> None:

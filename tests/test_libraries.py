@@ -20,7 +20,6 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from autoint_fast import accelerate, restore
-from autoint_fast.accelerated import is_accelerated
 from autoint_fast.libraries import Accelerated
 from benchmarks import criteo, installed
 from benchmarks.families import LAYERS, InModel, Make
@@ -356,11 +355,11 @@ def test_saved_and_restored(name: str) -> None:
         accelerate(model, backend="torch")
         twin.load_state_dict(model.state_dict())
         model.load_state_dict(twin.state_dict())
-        layers = [module for module in model.modules() if is_accelerated(module)]
+        layers = [module for module in model.modules() if isinstance(module, Accelerated)]
         file = io.BytesIO()
         torch.save(layers, file)
         file.seek(0)
-        assert all(map(is_accelerated, torch.load(file, weights_only=False)))
+        assert all(isinstance(module, Accelerated) for module in torch.load(file, weights_only=False))
         torch.testing.assert_close(logits(model, ids), expected)
         again = copy.deepcopy(model)
         restore(again)
