@@ -240,6 +240,7 @@ class Reference(Accelerated):
     """This package's own reference, which becomes what `InteractingLayer` is."""
 
     parameter_names = ReferenceInteractingLayer.parameter_names
+    emb_size: int
 
     @staticmethod
     def adapter(module: Any) -> Interaction | str:

@@ -6,6 +6,7 @@ Everything else in this package is judged by what stands here; it is never the f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as nnf
@@ -53,6 +54,7 @@ def interaction_reference(x: Tensor, interaction: Interaction, mask: Tensor | No
     if p.w_o is not None:
         out = nnf.linear(out, p.w_o, p.b_o)
     if interaction.residual == "projection":
+        assert p.w_r is not None
         out = out + nnf.linear(x, p.w_r, p.b_r)
     elif interaction.residual == "identity":
         out = out + x
@@ -88,7 +90,7 @@ class ReferenceInteractingLayer(nn.Module):
     Raises TypeError or ValueError naming the argument.
     """
 
-    parameter_names = tuple(f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias"))
+    parameter_names: Sequence[str] = tuple(f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias"))
 
     def __init__(
         self,

@@ -23,12 +23,17 @@ Measures the interacting layers of other libraries against themselves after auto
 Every layer is checked against itself in float64 first. Prints a table, writes a CSV, and exits with 1 when an
 accelerated layer computes wrong numbers.
 """
+FLATTENED = """\
+Measures FlattenedInteractingLayer, plain and frozen, against the Keras function as PyTorch spells it, with the same
+weights. Prints a table. That both compute the same is what the tests hold.
+"""
 PLOT = "Draws the results of an earlier run."
-ABOUT = {"cpu": CPU, "families": FAMILIES, "plot": PLOT}
+ABOUT = {"cpu": CPU, "families": FAMILIES, "flattened": FLATTENED, "plot": PLOT}
 COMMANDS = """\
 commands:
   python -m benchmarks cpu         the native engine against the limit of this CPU
   python -m benchmarks families    the layers of other libraries, accelerated
+  python -m benchmarks flattened   the Keras function's layer against its plain spelling
   python -m benchmarks plot CSV    draw the results of an earlier run
 """
 
@@ -51,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        from . import cpu, families, plot, speed
+        from . import cpu, families, flattened, plot, speed
     except ModuleNotFoundError as error:
         parser.error(f"{error}; the benchmarks need autoint_fast[bench]")
     if not command:
         return speed.main(arguments, parser)
-    return {"cpu": cpu, "families": families, "plot": plot}[command].main(arguments[1:], parser)
+    commands = {"cpu": cpu, "families": families, "flattened": flattened, "plot": plot}
+    return commands[command].main(arguments[1:], parser)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,27 @@
-"""The Keras function's layer: its formula as PyTorch spells it, against `FlattenedInteractingLayer`."""
+"""`python -m benchmarks flattened`: the Keras function as PyTorch spells it, against `FlattenedInteractingLayer`."""
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as nnf
+from rich import box
+from rich.table import Table
 from torch import Tensor, nn
 
 from autoint_fast import FlattenedInteractingLayer
+from autoint_fast.dispatch import BACKENDS
 
-from .cases import FORWARD
+from . import command
+from .cases import FORWARD, MODES, SHAPES, threads_for
+from .command import at_least
+from .report import number, ratio
+from .timing import clock_for, on_threads, quantiles, race
+
+UNFUSED, DEFAULT_BATCH = "unfused", 512
 
 
 class UnfusedFlattenedLayer(nn.Module):
@@ -50,7 +60,7 @@ def steps(
         torch.manual_seed(0)
         layer = FlattenedInteractingLayer(fields, emb_size, n_head, backend=backend).to(device, dtype)
         x = torch.randn(batch, fields, emb_size).to(device, dtype)
-    contestants = {"unfused": UnfusedFlattenedLayer(layer), "ours": layer}
+    contestants = {UNFUSED: UnfusedFlattenedLayer(layer), "ours": layer}
     if mode == FORWARD:
         frozen = FlattenedInteractingLayer(fields, emb_size, n_head, backend=backend).to(device, dtype).eval()
         frozen.load_state_dict(layer.state_dict())
@@ -70,3 +80,32 @@ def steps(
         return forward if mode == FORWARD else training
 
     return {name: step(module) for name, module in contestants.items()}
+
+
+def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
+    """Measures the cases that the arguments ask for; gives the exit status."""
+    parser.add_argument("--shape", type=command.shape, default=SHAPES["criteo"], help="as in 39x16x2 (default: criteo)")
+    parser.add_argument("--batch", nargs="+", type=at_least(1, int), default=[DEFAULT_BATCH], metavar="B")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of our layer (default: auto)")
+    parser.add_argument("--device", default="cpu", type=command.device, help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--threads", type=at_least(1, int), metavar="N", help="CPU threads")
+    parser.add_argument("--seconds", type=at_least(0.0, float), default=5.0, metavar="S", help="of timing per case")
+    options = parser.parse_args(arguments)
+    console, _ = command.consoles()
+    table = Table(title="medians of interleaved rounds", box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("case", "mode", "layer", "ms", "x"):
+        table.add_column(name, justify="right" if name in ("ms", "x") else "left", no_wrap=True)
+    for mode in MODES:
+        for batch in options.batch:
+            shape = options.shape
+            with on_threads(threads_for(batch, options.threads)):
+                taking_part = steps(batch, *shape[1:], mode, backend=options.backend, device=options.device)
+                samples = race(taking_part, clock_for(options.device), seconds=options.seconds)
+            medians = {name: quantiles(seconds).p50 for name, seconds in samples.items()}
+            for name, median in medians.items():
+                faster = None if name == UNFUSED else medians[UNFUSED] / median
+                case = f"{batch:,} x {shape.fields}x{shape.emb_size}x{shape.n_head}"
+                table.add_row(case, mode, name, number(median * 1e3), ratio(faster))
+            table.add_section()
+    console.print(table)
+    return 0

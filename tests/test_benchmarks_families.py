@@ -138,3 +138,9 @@ def test_bad_arguments_get_one_line(arguments: list[str], complaint: str, capsys
     captured = capsys.readouterr()
     assert caught.value.code == 2 and captured.out == ""
     assert captured.err.startswith("python -m benchmarks families: error: ") and complaint in captured.err
+
+
+def test_flattened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["flattened", "--shape", "3x4x2", "--batch", "5", "40", "--seconds", "0"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "3x4x2" in line]
+    assert len(lines) == 10 and sum("ours, frozen" in line for line in lines) == 2
