@@ -70,12 +70,6 @@ def interacting_reference(
     return interaction_reference(x, Interaction(p, n_head, scale, "projection"), mask)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything runs when the module is called beside its forward."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(map(bool, hooks))
-
-
 def prepare_projection(name: str, projection: nn.Linear) -> None:
     """The layer reads a projection's weights and never calls it: what relies on the call is done or refused here.
 
@@ -93,7 +87,8 @@ def prepare_projection(name: str, projection: nn.Linear) -> None:
 
 
 PROJECTIONS = ("w_qs", "w_ks", "w_vs", "fc_attn", "fc_res")
-_hooks_of = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of a module's __dict__.
+hooks_of = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ReferenceInteractingLayer(nn.Module):
@@ -155,7 +150,7 @@ class ReferenceInteractingLayer(nn.Module):
                 compiling
                 or type(projection) is not nn.Linear
                 or len(own) != 2
-                or any(_hooks_of(state))
+                or any(hooks_of(state))
                 or "forward" in state
             ):
                 prepare_projection(name, projection)
