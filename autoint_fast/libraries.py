@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import Fused
-from .projections import has_hooks, prepare_projection
+from .projections import has_hooks, read_projections
 from .reference import ReferenceInteractingLayer, attention_probabilities
 from .validation import check_input, check_mask
 from .weights import InteractingParameters, Interaction
@@ -78,20 +78,27 @@ class Accelerated(Fused):
         return ", ".join(filter(None, (super().extra_repr(), f"accelerated, backend={self.backend!r}{frozen}")))
 
 
-def _uncalled(layer: nn.Module, *names: str) -> str:
-    """Why the children of these names cannot be left uncalled, and their weights read instead; "" where they can."""
+def _weights(layer: nn.Module, *names: str) -> list[Any] | str:
+    """The weights of the projections of these names, None where there is none, or why they must be called instead."""
+    weights: list[Any] = []
     for name in names:
-        child = getattr(layer, name)
-        if isinstance(child, nn.Linear):
-            try:
-                prepare_projection(name, child)
-            except (TypeError, RuntimeError) as error:
-                return str(error)
-            if child.bias is not None:
-                return f"{name}: expected no bias"
-        elif child is not None and has_hooks(child):
-            return f"{name}: a hook on it would never run"
-    return ""
+        projection: Any = layer._modules.get(name)
+        if projection is None:
+            # Absent on purpose, or of another version of the library.
+            weights.append(getattr(layer, name))
+            continue
+        try:
+            weight, bias = read_projections(layer, (name,))
+        except (TypeError, RuntimeError) as error:
+            return str(error)
+        if bias is not None:
+            return f"{name}: expected no bias"
+        weights.append(weight)
+    return weights
+
+
+def _rate(dropout: nn.Module | None) -> float:
+    return 0.0 if dropout is None else dropout.p  # type: ignore[return-value]
 
 
 class DeepCTR(Accelerated):
@@ -130,16 +137,15 @@ class Rechub(Accelerated):
 
     @staticmethod
     def adapter(module: Any) -> Interaction | str:
-        if why := _uncalled(module, "W_Q", "W_K", "W_V", "W_Res", "dropout"):
-            return why
-        residual = module.residual and module.W_Res is not None
-        w_r = module.W_Res.weight if residual else None
-        p = InteractingParameters(
-            module.W_Q.weight, None, module.W_K.weight, None, module.W_V.weight, None, None, None, w_r, None
-        )
-        kind = "projection" if residual else "none"
-        dropout = 0.0 if module.dropout is None else module.dropout.p
-        return Interaction(p, module.num_heads, module.scale, kind, dropout=dropout)
+        weights = _weights(module, "W_Q", "W_K", "W_V", "W_Res")
+        if isinstance(weights, str):
+            return weights
+        w_q, w_k, w_v, w_r = weights
+        if not module.residual:
+            w_r = None
+        p = InteractingParameters(w_q, None, w_k, None, w_v, None, None, None, w_r, None)
+        residual = "none" if w_r is None else "projection"
+        return Interaction(p, module.num_heads, module.scale, residual, dropout=_rate(module.dropout))
 
 
 class FuxiCTR(Accelerated):
@@ -152,18 +158,18 @@ class FuxiCTR(Accelerated):
 
     @staticmethod
     def adapter(module: Any) -> Interaction | str:
-        if why := _uncalled(module, "W_q", "W_k", "W_v", "W_res", "dot_attention"):
-            return why
-        w_r = None if module.W_res is None else module.W_res.weight
-        p = InteractingParameters(
-            module.W_q.weight, None, module.W_k.weight, None, module.W_v.weight, None, None, None, w_r, None
-        )
+        weights = _weights(module, "W_q", "W_k", "W_v", "W_res")
+        if isinstance(weights, str):
+            return weights
+        attention = module.dot_attention
+        if has_hooks(attention):
+            return "dot_attention: a hook on it would never run"
+        w_q, w_k, w_v, w_r = weights
+        p = InteractingParameters(w_q, None, w_k, None, w_v, None, None, None, w_r, None)
         residual = "none" if not module.use_residual else "identity" if w_r is None else "projection"
         scale = 1 / module.scale if module.scale else 1.0
-        dropout = module.dot_attention.dropout
-        return Interaction(
-            p, module.num_heads, scale, residual, module.layer_norm is None, 0.0 if dropout is None else dropout.p
-        )
+        relu = module.layer_norm is None
+        return Interaction(p, module.num_heads, scale, residual, relu, _rate(attention.dropout))
 
     def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
         return out if self.layer_norm is None else torch.relu(self.layer_norm(out))
