@@ -167,7 +167,9 @@ class FuxiCTR(Accelerated):
         if isinstance(weights, str):
             return weights
         attention = module.dot_attention
-        if any(hooks_of(attention.__dict__)):
+        # Not by `hooks_of`, which Dynamo does not trace.
+        forward, backward = attention._forward_hooks, attention._backward_hooks
+        if any((forward, backward, attention._forward_pre_hooks, attention._backward_pre_hooks)):
             return "dot_attention: a hook on it would never run"
         w_q, w_k, w_v, w_r = weights
         p = InteractingParameters(w_q, None, w_k, None, w_v, None, None, None, w_r, None)
