@@ -78,7 +78,7 @@ def _check(case: Case, field: list[Contestant], progress: Progress) -> tuple[dic
         if not notes:
             try:
                 bout = contestants.set_up(contestant, case)
-                notes = parity.violation(contestant, case, bout)
+                notes = parity.violation(contestant, case, bout) if contestant.definition else ""
                 status = FAILED if notes else OK
                 if not notes:
                     bouts[contestant.name], notes = bout, bout.note

@@ -36,7 +36,7 @@ class Contestant(NamedTuple):
     build: the layer on the device and in the dtype of the reference layer it gets, with its weights as far as
         they have the same meaning. Raises Unable.
     definition: what it computes. Where that is `the_layer`, it is judged by the reference layer's weights,
-        else by its own.
+        else by its own; None for one that others are judged by.
     elements: about how many numbers a call keeps alive at its peak, input and gradients included.
     arrange: brings tensors in the order of the module's parameters into that of the definition.
     ready: does what a case needs before the module is timed, and gives a note for the results. Raises Unable.
@@ -47,7 +47,7 @@ class Contestant(NamedTuple):
     name: str
     about: str
     build: Callable[[ReferenceInteractingLayer], nn.Module]
-    definition: Definition
+    definition: Definition | None
     elements: Callable[[Case], int]
     arrange: Callable[[list[Tensor]], Sequence[Tensor]] = lambda tensors: tensors
     ready: Callable[[Any, Case], str] = lambda module, case: getattr(module, "note", "")

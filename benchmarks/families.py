@@ -114,7 +114,7 @@ def field(backend: str) -> dict[str, Contestant]:
         plain = functools.partial(_plain, make=make)
         ours = functools.partial(_accelerated, make=make, backend=backend)
         definition = functools.partial(_as_its_own_definition, make=make)
-        pairs.append(Contestant(name, about, plain, definition, contestants.whole))
+        pairs.append(Contestant(name, about, plain, None, contestants.whole))
         name, about = name + ACCELERATED, about + ", accelerated"
         pairs.append(Contestant(name, about, ours, definition, contestants.fused, ready=_ready, ours=True))
     return {contestant.name: contestant for contestant in pairs}
@@ -238,8 +238,8 @@ def _table(rows: Sequence[Row]) -> Table:
             if plain is None or ours is None:
                 continue
             faster = plain.p50_ms / ours.p50_ms if plain.p50_ms and ours.p50_ms else None
-            wrong = next((row.notes for row in (ours, plain) if row.parity == FAILED), "")
-            notes = [f"WRONG: {wrong}"] if wrong else [plain.notes, ours.notes]
+            wrong = ours.parity == FAILED
+            notes = [plain.notes, f"WRONG: {ours.notes}" if wrong else ours.notes]
             result.add_row(
                 f"{plain.batch:,} x {plain.fields}x{plain.emb_size}x{plain.n_head}",
                 plain.mode,

@@ -64,6 +64,7 @@ class _Run:
     ) -> None:
         self.leaves = [t.clone().requires_grad_(case.training) for t in (x, *parameters)]
         turned = self.leaves[0].roll(turn, dims=1)
+        assert contestant.definition is not None
         self.out = contestant.definition(turned, self.leaves[1:], case.shape.n_head).roll(-turn, dims=1)
 
     def differentiate(self, grad: Tensor) -> tuple[Tensor, ...]:

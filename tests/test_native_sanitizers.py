@@ -127,16 +127,32 @@ static void call(void (*function)(const int64_t*), const std::vector<int64_t>& p
 }
 
 struct Case {
-    int64_t F, E, O, H, B;
-    int x_layout, grad_layout, mask, needs, skew, threads;
+    int64_t F, E, D, O, H, B;
+    int factored, output, residual, relu, x_layout, grad_layout, mask, needs, skew, threads;
+
+    // Where a shape begins.
+    std::vector<int64_t> shape() const { return {F, H, E, D, O, factored, output, residual, relu}; }
 };
 
+// The kind of layout that is number `turn` of all there are, with heads of a width, and merged ones of O outputs.
+static Case of_kind(int turn, int64_t F, int64_t E, int64_t width, int64_t O, int64_t H) {
+    Case c{F, E, 0, 0, H, 0, turn % 2, 0, turn / 2 % 3, turn / 6 % 2, 0, 0, 0, 0, 0, 1};
+    c.output = c.factored ? turn / 12 % 2 * BARE : turn / 12 % 3;
+    c.D = c.factored ? width : E;
+    c.O = c.output == MERGED ? O : c.output == BARE ? H * c.D : H * width;
+    // x can only be added to what is as wide.
+    if (c.residual == IDENTITY && c.output == MERGED) c.O = E;
+    if (c.residual == IDENTITY && c.O != E) c.residual = PROJECTION;
+    return c;
+}
+
 static void run(const Case& c) {
-    std::printf("F=%d E=%d O=%d H=%d B=%d ", int(c.F), int(c.E), int(c.O), int(c.H), int(c.B));
+    std::printf("F=%d E=%d D=%d O=%d H=%d B=%d ", int(c.F), int(c.E), int(c.D), int(c.O), int(c.H), int(c.B));
+    std::printf("factored %d output %d residual %d relu %d ", c.factored, c.output, c.residual, c.relu);
     std::printf("x: %s grad: %s mask %d needs %d skew %d threads %d\n", LAYOUTS[c.x_layout], LAYOUTS[c.grad_layout],
                 c.mask, c.needs, c.skew, c.threads);
     std::fflush(stdout);
-    const int64_t F = c.F, E = c.E, O = c.O, H = c.H, B = c.B, size = H * E * (E + 1 + O) + (E + 2) * O;
+    const int64_t F = c.F, E = c.E, O = c.O, B = c.B, size = Weights::size(Shape(c.shape().data()));
     Both x(c.x_layout, c.skew, B, F, E), grad(c.grad_layout, c.skew, B, F, O);
     Exact<Real> weights(size, c.skew);
     for (int64_t i = 0; i < size; ++i) weights.data[i] = Real(draw());
@@ -150,7 +166,8 @@ static void run(const Case& c) {
     Exact<Real> d_weights(size, c.skew), other_d_weights(size);
     for (bool dense : {false, true}) {
         const int64_t parallel = c.threads > 1 && !dense ? (int64_t)in_threads : 0;
-        std::vector<int64_t> p = {F, E, O, H, B, c.threads, parallel};
+        std::vector<int64_t> p = c.shape();
+        for (int64_t n : {B, int64_t(c.threads), parallel}) p.push_back(n);
         const int64_t strides[] = {F * E, E, 1};
         p.push_back((int64_t)(dense ? x.dense.data : x.strided.data));
         for (int i = 0; i < 3; ++i) p.push_back(dense ? strides[i] : x.strides[i]);
@@ -162,6 +179,7 @@ static void run(const Case& c) {
         call(autoint_forward, p);
         for (int64_t i = 0; i < B * F * O; ++i)
             if (!is_finite(to_real(to[i]))) fail("an output is not finite");
+        if (!c.relu) p.back() = 0;
         const int64_t grad_strides[] = {F * O, O, 1};
         p.push_back((int64_t)(dense ? grad.dense.data : grad.strided.data));
         for (int i = 0; i < 3; ++i) p.push_back(dense ? grad_strides[i] : grad.strides[i]);
@@ -181,47 +199,62 @@ static void run(const Case& c) {
 }
 
 #if AUTOINT_T < 2
-static void run_fold(int64_t E, int64_t O, int64_t H, int64_t skew) {
-    std::printf("fold E=%d O=%d H=%d\n", int(E), int(O), int(H));
+static void run_fold(const Case& c, int64_t width, bool biases, bool transposed, int64_t skew) {
+    std::printf("fold E=%d D=%d O=%d H=%d factored %d output %d residual %d width %d biases %d transposed %d\n", int(c.E),
+                int(c.D), int(c.O), int(c.H), c.factored, c.output, c.residual, int(width), biases, transposed);
     std::fflush(stdout);
-    const int64_t size = H * E * (E + 1 + O) + (E + 2) * O;
-    const int64_t sizes[] = {H * E * E, H * E, H * E * E, H * E, H * E * E, H * E, O * H * E, O, O * E, O};
-    std::vector<std::unique_ptr<Exact<Real>>> values, grads;
-    int64_t all = 0;
-    for (int64_t n : sizes) {
-        values.emplace_back(new Exact<Real>(n, skew));
+    const int64_t size = Weights::size(Shape(c.shape().data())), rows = c.H * width;
+    const bool values = c.factored || c.output != BARE, merged = c.output == MERGED, residual = c.residual == PROJECTION;
+    const int64_t shapes[][2] = {{rows, c.E}, {rows, 1}, {rows, c.E}, {rows, 1}, {rows, c.E},
+                                 {rows, 1},   {c.O, rows}, {c.O, 1}, {c.O, c.E}, {c.O, 1}};
+    const bool there[] = {true, biases, true, biases, values, values && biases, merged, merged && biases, residual,
+                          residual && biases};
+    std::vector<std::unique_ptr<Exact<Real>>> numbers, grads;
+    std::vector<int64_t> p = c.shape(), same = {0, 0}, addresses, strides;
+    int64_t all = 0, scale;
+    const double half = 0.5;
+    std::memcpy(&scale, &half, sizeof scale);
+    p.push_back(width), p.push_back(scale);
+    for (int i = 0; i < 10; ++i) {
+        const int64_t n = there[i] ? shapes[i][0] * shapes[i][1] : 0;
+        numbers.emplace_back(new Exact<Real>(n, skew));
         grads.emplace_back(new Exact<Real>(n, skew));
-        for (int64_t i = 0; i < n; ++i) values.back()->data[i] = Real(draw());
+        for (int64_t j = 0; j < n; ++j) numbers.back()->data[j] = Real(draw());
+        p.push_back(n ? (int64_t)numbers.back()->data : 0);
+        if (i % 2 == 0) {
+            strides.push_back(transposed ? 1 : shapes[i][1]);
+            strides.push_back(transposed ? shapes[i][0] : 1);
+        }
+        if (n) same.push_back(n * sizeof(Real)), addresses.push_back((int64_t)numbers.back()->data);
         all += n;
     }
-    Exact<Real> packed(size, skew), copy(all, skew);
-    std::vector<int64_t> p = {1, E, O, H};
-    for (int i = 0; i < 10; ++i)
-        if (i != 3) p.push_back((int64_t)values[i]->data);
+    Exact<Real> packed(size, skew), copied(all, skew);
+    p.insert(p.end(), strides.begin(), strides.end());
     p.push_back((int64_t)packed.data);
     call(autoint_fold, p);
     for (int64_t i = 0; i < size; ++i)
         if (!is_finite(packed.data[i])) fail("a folded weight is not finite");
     for (int without = -1; without < 10; ++without) {
         std::vector<int64_t> q = p;
-        for (int i = 0; i < 10; ++i) q.push_back(i == without ? 0 : (int64_t)grads[i]->data);
+        for (int i = 0; i < 10; ++i) q.push_back(i == without || !there[i] ? 0 : (int64_t)grads[i]->data);
         call(autoint_unfold, q);
     }
-    for (int i = 0; i < 10; ++i)
-        for (int64_t n = 0; n < sizes[i]; ++n)
-            if (!is_finite(grads[i]->data[n])) fail("a gradient of a parameter is not finite");
+    for (auto& grad : grads)
+        for (int64_t n = 0; n < grad->n; ++n)
+            if (!is_finite(grad->data[n])) fail("a gradient of a parameter is not finite");
     int64_t at = 0;
-    std::vector<int64_t> q = {1, E, O, H, sizeof(Real), (int64_t)copy.data};
-    for (int i = 0; i < 10; at += sizes[i++]) {
-        std::memcpy(copy.data + at, values[i]->data, sizes[i] * sizeof(Real));
-        q.push_back((int64_t)values[i]->data);
+    for (auto& given : numbers) {
+        std::memcpy(copied.data + at, given->data, given->n * sizeof(Real));
+        at += given->n;
     }
-    if (!autoint_same(q.data())) fail("a copy differs");
+    same[0] = addresses.size(), same[1] = (int64_t)copied.data;
+    same.insert(same.end(), addresses.begin(), addresses.end());
+    if (!autoint_same(same.data())) fail("a copy differs");
     for (int64_t i : {int64_t(0), all / 2, all - 1}) {
-        const Real kept = copy.data[i];
-        copy.data[i] += 1;
-        if (autoint_same(q.data())) fail("a difference is not seen");
-        copy.data[i] = kept;
+        const Real kept = copied.data[i];
+        copied.data[i] += 1;
+        if (autoint_same(same.data())) fail("a difference is not seen");
+        copied.data[i] = kept;
     }
 }
 #endif
@@ -229,7 +262,11 @@ static void run_fold(int64_t E, int64_t O, int64_t H, int64_t skew) {
 int main() {
     if (THREADS > 1) {
         for (int mask = 0; mask < 8; ++mask)
-            for (int64_t B : {2, 17, 100}) run({7, 10, 10, 2, B, 0, 0, mask, 31, mask % 2, THREADS});
+            for (int64_t B : {2, 17, 100}) {
+                Case c = of_kind(mask + int(B), 7, 10, 7, 10, 2);
+                c.B = B, c.mask = mask, c.needs = 31, c.skew = mask % 2, c.threads = THREADS;
+                run(c);
+            }
         return 0;
     }
     const int64_t batches[] = {1, 2, 9, 15, 16, 17, 33, 3};
@@ -240,13 +277,21 @@ int main() {
                 for (int i = 0; i < (F < 39 ? 4 : 1); ++i, ++turn) {
                     const int64_t B = F < 39 ? batches[(2 * turn + turn / 4) % 8] : batches[turn % 8];
                     const int needs = turn % 3 ? 31 : turn / 3 % 32;
-                    const int64_t O = turn % 11 ? E : E + 2;
-                    const int mask = turn % 4 ? turn % 9 % 8 : 0;
-                    run({F, E, O, H, B, turn % 6, (turn + turn / 8) % 8, mask, needs ? needs : 31, turn / 2 % 2, 1});
+                    const int64_t O = turn % 11 ? E : E + 2, width = turn % 5 ? E / 2 + 1 : E + 3;
+                    // Every third is the plain layer.
+                    Case c = of_kind(turn % 3 ? turn / 3 * 5 + turn % 3 : 10, F, E, turn % 3 ? width : E, O, H);
+                    c.B = B, c.x_layout = turn % 6, c.grad_layout = (turn + turn / 8) % 8;
+                    c.mask = turn % 4 ? turn % 9 % 8 : 0, c.needs = needs ? needs : 31, c.skew = turn / 2 % 2;
+                    run(c);
                 }
 #if AUTOINT_T < 2
     for (int64_t E : {1, 3, 10, 16, 32})
-        for (int64_t H : {1, 3}) run_fold(E, H == 1 ? E : E + 1, H, H == 3);
+        for (int64_t H : {1, 3})
+            for (int kind = 0; kind < 36; ++kind) {
+                const int64_t width = kind % 4 ? E : E / 2 + 1;
+                Case c = of_kind(kind, 1, E, width, H == 1 ? E : E + 1, H);
+                run_fold(c, width, kind % 3, kind % 5 == 0, H == 3);
+            }
 #endif
     for (int64_t n = 1; n < 40; ++n) {
         Exact<Real> from(n, n % 2), to(n, n % 2);
