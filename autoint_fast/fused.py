@@ -25,6 +25,25 @@ def _same_view(given: Tensor | None, kept: Tensor | None) -> bool:
     return of_same and given.data_ptr() == kept.data_ptr() and given.stride() == kept.stride()
 
 
+def _choose(
+    interaction: Interaction,
+    device_type: str,
+    n_fields: int,
+    dtype: torch.dtype,
+    backend: str,
+    form: str,
+    inside: str | None,
+) -> tuple[Layout, str]:
+    """The layout and the engine for a call."""
+
+    def layout_for(least_rank: int) -> Layout:
+        return choose_layout(interaction, n_fields, form, least_rank)
+
+    call = dispatch.Call(device_type, dtype, n_fields, layout_for(1), inside)
+    engine, layout = dispatch.choose_with_layout(backend, call, layout_for)
+    return layout, engine
+
+
 class _Known:
     """A layer's parameters at some call: what they were found to be, so that it need not be found out again."""
 
@@ -33,8 +52,8 @@ class _Known:
         self.interaction = interaction
         self.present = [t for t in self.given if t is not None]
         self.addresses = tuple(map(Tensor.data_ptr, self.present))
-        self.asked: tuple[Any, ...] | None = None
-        self.choice: tuple[Layout, str]
+        # The last call's, and the layout and the engine for it.
+        self.chosen: tuple[tuple[Any, ...], tuple[Layout, str]] | None = None
         # The weights folded in each form, when first asked for, and by what they are compared to the parameters.
         self.packed: list[Tensor | None] = [None, None]
         self.still_same: Callable[[], bool] | None = None
@@ -51,12 +70,12 @@ class _Known:
     def choose(self, n_fields: int, dtype: torch.dtype, backend: str, form: str) -> tuple[Layout, str]:
         """The layout and the engine for a call."""
         asked = (n_fields, dtype, backend, form)
-        if asked != self.asked:
-            layout = choose_layout(self.interaction, n_fields, form)
-            call = dispatch.Call(self.given.w_q.device.type, dtype, n_fields, layout, inside=None)
-            self.choice = layout, dispatch.choose(backend, call)
-            self.asked = asked
-        return self.choice
+        chosen = self.chosen
+        if chosen is None or chosen[0] != asked:
+            choice = _choose(self.interaction, self.given.w_q.device.type, *asked, inside=None)
+            # At once, as another thread may ask for something else.
+            self.chosen = chosen = asked, choice
+        return chosen[1]
 
     def copied(self) -> _Known:
         """The same of a copy of the parameters."""
@@ -158,9 +177,8 @@ class Fused(nn.Module):
         if known is not None:
             layout, backend = known.choose(x.shape[1], dtype, self.backend, self.form)
         else:
-            layout = choose_layout(interaction, x.shape[1], self.form)
-            call = dispatch.Call(x.device.type, dtype, x.shape[1], layout, inside)
-            backend = dispatch.choose(self.backend, call)
+            device_type = x.device.type
+            layout, backend = _choose(interaction, device_type, x.shape[1], dtype, self.backend, self.form, inside)
         if backend == "reference":
             out, attention = interaction_reference(x, interaction, mask)
             return (out, attention.transpose(0, 1)) if return_attention else out

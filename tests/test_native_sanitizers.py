@@ -103,7 +103,7 @@ struct Both {
         for (int64_t b = 0; b < B; ++b)
             for (int64_t f = 0; f < F; ++f)
                 for (int64_t n = 0; n < N; ++n)
-                    strided.data[b * strides[0] + f * strides[1] + n * strides[2]] = to_element(Real(draw()));
+                    store_one(strided.data + b * strides[0] + f * strides[1] + n * strides[2], Real(draw()));
         for (int64_t b = 0; b < B; ++b)
             for (int64_t f = 0; f < F; ++f)
                 for (int64_t n = 0; n < N; ++n)
@@ -200,11 +200,13 @@ static void run(const Case& c) {
 
 #if AUTOINT_T < 2
 static void run_fold(const Case& c, int64_t width, bool biases, bool transposed, int64_t skew) {
-    std::printf("fold E=%d D=%d O=%d H=%d factored %d output %d residual %d width %d biases %d transposed %d\n", int(c.E),
-                int(c.D), int(c.O), int(c.H), c.factored, c.output, c.residual, int(width), biases, transposed);
+    std::printf("fold E=%d D=%d O=%d H=%d ", int(c.E), int(c.D), int(c.O), int(c.H));
+    std::printf("factored %d output %d residual %d ", c.factored, c.output, c.residual);
+    std::printf("width %d biases %d transposed %d\n", int(width), biases, transposed);
     std::fflush(stdout);
     const int64_t size = Weights::size(Shape(c.shape().data())), rows = c.H * width;
-    const bool values = c.factored || c.output != BARE, merged = c.output == MERGED, residual = c.residual == PROJECTION;
+    const bool values = c.factored || c.output != BARE, merged = c.output == MERGED;
+    const bool residual = c.residual == PROJECTION;
     const int64_t shapes[][2] = {{rows, c.E}, {rows, 1}, {rows, c.E}, {rows, 1}, {rows, c.E},
                                  {rows, 1},   {c.O, rows}, {c.O, 1}, {c.O, c.E}, {c.O, 1}};
     const bool there[] = {true, biases, true, biases, values, values && biases, merged, merged && biases, residual,
