@@ -27,7 +27,7 @@ from autoint_fast import (
     restore,
     swap,
 )
-from autoint_fast.fused import _same_memory
+from autoint_fast.fused import _same_view
 from autoint_fast.libraries import Accelerated
 from benchmarks.model_zoo import MultiHeadSelfAttention
 from tests.numerics import assert_close_to_truth
@@ -230,12 +230,12 @@ def test_other_memory_behind_a_view_is_seen() -> None:
     weight = nn.Parameter(torch.randn(4, 6))
     with torch.no_grad():
         kept = weight.t()
-        assert _same_memory(weight.t(), kept) and _same_memory(weight, weight) and _same_memory(None, None)
-        assert not _same_memory(weight, kept) and not _same_memory(None, kept) and not _same_memory(kept, None)
+        assert _same_view(weight.t(), kept) and _same_view(weight, weight) and _same_view(None, None)
+        assert not _same_view(weight, kept) and not _same_view(None, kept) and not _same_view(kept, None)
         first, second = weight.view(2, 12)
-        assert not _same_memory(first, second) and not _same_memory(weight.t().clone(), kept)
+        assert not _same_view(first, second) and not _same_view(weight.t().clone(), kept)
         weight.data = weight.data.clone()
-        assert not _same_memory(weight.t(), kept)
+        assert not _same_view(weight.t(), kept)
 
 
 # --- the model stays the model --------------------------------------------------------------------------------
