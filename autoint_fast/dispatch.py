@@ -28,8 +28,6 @@ class Call(NamedTuple):
 class Engine(Protocol):
     """What every engine module provides; shapes and contracts as in `kernels.torch_engine`."""
 
-    LEAST_RANK: int  # of `choose_layout`
-
     def unsupported(self, call: Call) -> list[str]: ...
 
     def prepare(self, call: Call) -> bool: ...
@@ -99,28 +97,21 @@ def choose(backend: str, call: Call) -> str:
 
     Raises ValueError with every reason where an explicitly named engine cannot run it.
     """
-    return choose_with_layout(backend, call, lambda least_rank: call.layout)[0]
-
-
-def choose_with_layout(backend: str, call: Call, layout_for: Callable[[int], Layout]) -> tuple[str, Layout]:
-    """As `choose`, where the layout is the engine's choice too: what `layout_for` gives for its LEAST_RANK."""
     if backend == "auto":
+        # A loop, not next() with a default, which Dynamo of torch 2.7 does not trace.
         for name in preference(call):
-            engine = ENGINES[name]
-            fitted = call._replace(layout=layout_for(engine.LEAST_RANK))
-            if not engine.unsupported(fitted) and engine.prepare(fitted):
-                return name, fitted.layout
-        return "reference", call.layout
+            if not ENGINES[name].unsupported(call) and ENGINES[name].prepare(call):
+                return name
+        return "reference"
     if backend == "reference":
-        return backend, call.layout
+        return backend
     engine = ENGINES[backend]
-    fitted = call._replace(layout=layout_for(engine.LEAST_RANK))
-    reasons = engine.unsupported(fitted)
-    if not reasons and not engine.prepare(fitted):
-        reasons = engine.unsupported(fitted)
+    reasons = engine.unsupported(call)
+    if not reasons and not engine.prepare(call):
+        reasons = engine.unsupported(call)
     if reasons:
         raise ValueError(f"backend={backend!r} cannot run this call: " + "; ".join(reasons))
-    return backend, fitted.layout
+    return backend
 
 
 class Why(NamedTuple):

@@ -35,13 +35,8 @@ def _choose(
     inside: str | None,
 ) -> tuple[Layout, str]:
     """The layout and the engine for a call."""
-
-    def layout_for(least_rank: int) -> Layout:
-        return choose_layout(interaction, n_fields, form, least_rank)
-
-    call = dispatch.Call(device_type, dtype, n_fields, layout_for(1), inside)
-    engine, layout = dispatch.choose_with_layout(backend, call, layout_for)
-    return layout, engine
+    layout = choose_layout(interaction, n_fields, form)
+    return layout, dispatch.choose(backend, dispatch.Call(device_type, dtype, n_fields, layout, inside))
 
 
 class _Known:

@@ -161,11 +161,11 @@ def _numel(layout: Layout) -> int:
 FORMS = ("auto", "folded", "factored")
 
 
-def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto", least_rank: int = 1) -> Layout:
+def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -> Layout:
     """How to compute a layer on samples of so many fields.
 
-    form: "auto" folds where that takes fewer operations; "folded" and "factored" force it. least_rank: the width that
-    heads cost as much as where they are narrower, since tiles and vectors are filled up to it.
+    form: "auto" folds where that takes fewer operations; "folded" and "factored" force it. (Even where narrow heads
+    do not fill a tile, and folding would be as fast, their own logits are the ones that round least.)
     """
     p = interaction.parameters
     merged = None if p.w_o is None else p.w_o.shape[0]
@@ -174,8 +174,8 @@ def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto", l
     # Dynamo warns of a cache that it looks through, and a symbolic number cannot be looked up in one.
     if torch.compiler.is_compiling() or isinstance(n_fields, torch.SymInt) or isinstance(sizes[1], torch.SymInt):
         fixed = (None if size is None else int(size) for size in sizes)
-        return layout_of.__wrapped__(interaction.n_head, *fixed, *kind, n_fields, form, least_rank)
-    return layout_of(interaction.n_head, *sizes, *kind, n_fields, form, least_rank)
+        return layout_of.__wrapped__(interaction.n_head, *fixed, *kind, n_fields, form)
+    return layout_of(interaction.n_head, *sizes, *kind, n_fields, form)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -189,7 +189,6 @@ def layout_of(
     relu: bool,
     n_fields: int,
     form: str,
-    least_rank: int = 1,
 ) -> Layout:
     """`choose_layout` by what it asks of a layer: heads, the shape of w_q, the rows of w_o, whether there is a w_v."""
     end = (RESIDUALS.index(residual), int(relu))
@@ -199,8 +198,7 @@ def layout_of(
     factored = Layout(h, e, rows // h, merged or rows, 1, BARE if merged is None else MERGED, *end)
     if not has_values or form == "folded":
         return folded
-    filled = factored._replace(rank=max(factored.rank, least_rank))
-    if form == "factored" or operations(filled, n_fields) < operations(folded, n_fields):
+    if form == "factored" or operations(factored, n_fields) < operations(folded, n_fields):
         return factored
     return folded
 

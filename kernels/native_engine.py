@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 LANE_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "plain": 16}
 MAX_FIELDS, MAX_WIDTH, MAX_HEADS = 512, 128, 16
-# Samples fill the lanes, so that narrow heads cost what they are wide.
-LEAST_RANK = 1
 # Operations that a thread must get, or waking it costs more than it saves; and that a shape must have taken until a
 # build of its own, 3 to 20 percent faster, pays for a few seconds of compiling.
 THREAD_OPERATIONS, OWN_BUILD_OPERATIONS = 2e6, 3e12

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 BLOCK_ROWS, BLOCK_SCORES = 3600, 1 << 19
 # Matrices narrower than this are multiplied at half the speed or less on a CPU, so E and O are padded to it.
 LEAST_WIDTH = 16
-LEAST_RANK = LEAST_WIDTH
 # Sums of 2^score in between can be used as they are; others need the largest score of each row subtracted first.
 LEAST_SUM, MOST_SUM = 2.0**-40, 2.0**40
 

@@ -25,8 +25,6 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is first decorated, so this is not to be asked again later.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_FIELDS, MAX_WIDTH, MAX_HEADS = 512, 64, 16
-# The side of a tile.
-LEAST_RANK = 16
 
 
 def unsupported(call: Call) -> list[str]:

@@ -99,8 +99,7 @@ class Native(SimpleNamespace):
     """A native engine: the PyTorch engine, with a note of what was built."""
 
     def __init__(self, *, compiler: bool = True) -> None:
-        names = ("LEAST_RANK", "unsupported", "prepare", "comparison", "fold", "fold_backward", "interact")
-        names += ("interact_backward",)
+        names = ("unsupported", "prepare", "comparison", "fold", "fold_backward", "interact", "interact_backward")
         super().__init__(**{name: getattr(torch_engine, name) for name in names})
         self.compiler, self.built = compiler, list[Build]()
 

@@ -26,7 +26,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     """Engines whose reasons a test sets, in place of the real ones."""
     fakes = {}
     for name in ("triton", "native", "torch"):
-        fake = SimpleNamespace(reasons=[], prepare=lambda call: True, LEAST_RANK=1)
+        fake = SimpleNamespace(reasons=[], prepare=lambda call: True)
         fake.unsupported = lambda call, fake=fake: list(fake.reasons)
         fakes[name] = fake
     monkeypatch.setattr(dispatch, "ENGINES", fakes)
@@ -111,7 +111,6 @@ def test_the_layer_runs_what_why_says(monkeypatch: pytest.MonkeyPatch) -> None:
     real = dispatch.ENGINES["torch"]
     monkeypatch.setattr(dispatch, "preference", lambda call: ("torch",))
     spy = SimpleNamespace(
-        LEAST_RANK=real.LEAST_RANK,
         unsupported=real.unsupported,
         prepare=real.prepare,
         comparison=real.comparison,
