@@ -71,7 +71,8 @@ def _sum_of_seen(value_bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return value_bias.sum(0)
     seen = ~mask.all(-1)
-    return seen.expand(*seen.shape[:-1], value_bias.shape[0]).to(value_bias.dtype) @ value_bias
+    with _without_autocast(value_bias.device.type):
+        return seen.expand(*seen.shape[:-1], value_bias.shape[0]).to(value_bias.dtype) @ value_bias
 
 
 class FlattenedInteractingLayer(Fused):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,15 +13,6 @@ from . import dispatch, op
 from .reference import attention_probabilities, interaction_reference
 from .validation import check_dtype, check_input, check_mask, check_parameters
 from .weights import InteractingParameters, Interaction, Layout, choose_layout, row_by_row
-
-
-def _same_view(given: Tensor | None, kept: Tensor | None) -> bool:
-    """Whether a parameter is the one that was kept, or just such a view of the same one: a transposed weight, say."""
-    if given is kept or given is None or kept is None:
-        return given is kept
-    # A view's base stays when `.data` moves, its address does not. What has no memory of its own has no such base.
-    of_same = given._base is not None and given._base is kept._base
-    return of_same and given.data_ptr() == kept.data_ptr() and given.stride() == kept.stride()
 
 
 def _choose(
@@ -39,66 +29,27 @@ def _choose(
     return layout, dispatch.choose(backend, dispatch.Call(device_type, dtype, n_fields, layout, inside))
 
 
-class _Known:
-    """A layer's parameters at some call: what they were found to be, so that it need not be found out again."""
+class _Folded:
+    """The weights folded from parameters that stay as they are, in each form when it is first asked for."""
 
     def __init__(self, interaction: Interaction) -> None:
-        self.given = interaction.parameters
-        self.interaction = interaction
-        self.present = [t for t in self.given if t is not None]
-        self.addresses = tuple(map(Tensor.data_ptr, self.present))
-        # The last call's, and the layout and the engine for it.
-        self.chosen: tuple[tuple[Any, ...], tuple[Layout, str]] | None = None
-        # The weights folded in each form, when first asked for, and by what they are compared to the parameters.
-        self.packed: list[Tensor | None] = [None, None]
-        self.still_same: Callable[[], bool] | None = None
-
-    def holds(self, p: InteractingParameters) -> bool:
-        """Whether p are these tensors, in the same memory: then only their values can be others."""
-        same = all(map(operator.is_, p, self.given)) or all(map(_same_view, p, self.given))
-        return same and tuple(map(Tensor.data_ptr, self.present)) == self.addresses
-
-    def may_recur(self) -> bool:
-        """Whether the next call may come with these tensors: not with what a parametrisation has just computed."""
-        return all(t.is_leaf or (t._base is not None and t._base.is_leaf) for t in self.present)
-
-    def choose(self, n_fields: int, dtype: torch.dtype, backend: str, form: str) -> tuple[Layout, str]:
-        """The layout and the engine for a call."""
-        asked = (n_fields, dtype, backend, form)
-        chosen = self.chosen
-        if chosen is None or chosen[0] != asked:
-            choice = _choose(self.interaction, self.given.w_q.device.type, *asked, inside=None)
-            # At once, as another thread may ask for something else.
-            self.chosen = chosen = asked, choice
-        return chosen[1]
-
-    def copied(self) -> _Known:
-        """The same of a copy of the parameters."""
-        # Inference tensors could not take part in a later gradient with respect to x, nor be copied.
+        # Of a copy, side by side in memory, so that it can be compared with in one go. Inference tensors could not take
+        # part in a later gradient with respect to x, nor be copied.
         with torch.inference_mode(False), torch.no_grad():
-            # Side by side in memory, so that they can be compared in one go.
-            flat = torch.cat([row_by_row(t.detach()).reshape(-1) for t in self.present])
-            pieces = iter(flat.split([t.numel() for t in self.present]))
-            p = InteractingParameters(*(None if t is None else _laid_out(next(pieces), t) for t in self.given))  # type: ignore[arg-type]
-        return _Known(dataclasses.replace(self.interaction, parameters=p))
+            present = [t for t in interaction.parameters if t is not None]
+            flat = torch.cat([row_by_row(t.detach()).reshape(-1) for t in present])
+            pieces = iter(flat.split([t.numel() for t in present]))
+            tensors = [None if t is None else _laid_out(next(pieces), t) for t in interaction.parameters]
+        p = InteractingParameters(*tensors)  # type: ignore[arg-type]
+        self.interaction = dataclasses.replace(interaction, parameters=p)
+        self.packed: list[Tensor | None] = [None, None]
 
     def weights(self, layout: Layout, backend: str) -> Tensor:
-        """The folded weights in the form of `layout`."""
+        """In the form of `layout`."""
         packed = self.packed[layout.factored]
         if packed is None:
             with torch.inference_mode(False):
                 packed = self.packed[layout.factored] = op.fold(self.interaction, layout, backend)
-        return packed
-
-    def current_weights(self, layout: Layout, backend: str) -> Tensor:
-        """The same, folded anew where the values of the parameters have changed."""
-        packed = self.packed[layout.factored]
-        # The values are compared, as `.data.mul_()` moves no version counter.
-        if packed is None or self.still_same is None or not self.still_same():
-            copy = self.copied()
-            self.packed = [None, None]
-            packed = self.packed[layout.factored] = copy.weights(layout, backend)
-            self.still_same = dispatch.ENGINES[backend].comparison(copy.given, self.given)
         return packed
 
 
@@ -106,6 +57,61 @@ def _laid_out(piece: Tensor, like: Tensor) -> Tensor:
     """The numbers of `row_by_row(like)` in its shape."""
     stored = row_by_row(like)
     return piece.view(stored.shape) if stored is like else piece.view(stored.shape).mT
+
+
+class _LastCall:
+    """What a layer's last call found out about its parameters, so that the next need not find it out again.
+
+    It keeps no parameter alive.
+    """
+
+    def __init__(self, interaction: Interaction) -> None:
+        self.kind = _kind(interaction)
+        self.memory = _memory(interaction.parameters)
+        # What `choose` was asked, and its answer; the folded weights, and what tells whether they still hold. Each is
+        # replaced as a whole, as another thread may be asking for something else.
+        self.chosen: tuple[tuple[Any, ...], tuple[Layout, str, Callable[[], Tensor] | None]] | None = None
+        self.folded: tuple[_Folded, Callable[[], bool]] | None = None
+
+    def holds(self, interaction: Interaction) -> bool:
+        """Whether the parameters lie where they lay, in the same shape: then only their values can be others."""
+        return self.kind == _kind(interaction) and self.memory == _memory(interaction.parameters)
+
+    def choose(
+        self, interaction: Interaction, n_fields: int, dtype: torch.dtype, backend: str, form: str
+    ) -> tuple[Layout, str, Callable[[], Tensor] | None]:
+        """The layout and the engine for a call, and a shorter way to fold, if there is one."""
+        asked = (n_fields, dtype, backend, form)
+        chosen = self.chosen
+        if chosen is None or chosen[0] != asked:
+            p = interaction.parameters
+            layout, engine = _choose(interaction, p.w_q.device.type, *asked, inside=None)
+            known = dispatch.ENGINES.get(engine)
+            folding = None if known is None else known.folding(p, layout, interaction.scale)
+            self.chosen = chosen = asked, (layout, engine, folding)
+        return chosen[1]
+
+    def weights(self, interaction: Interaction, layout: Layout, backend: str) -> Tensor:
+        """The folded weights, folded anew where the values of the parameters have changed."""
+        folded = self.folded
+        # The values are compared, as `.data.mul_()` moves no version counter.
+        if folded is None or not folded[1]():
+            copy = _Folded(interaction)
+            comparison = dispatch.ENGINES[backend].comparison(copy.interaction.parameters, interaction.parameters)
+            self.folded = folded = copy, comparison
+        return folded[0].weights(layout, backend)
+
+
+def _kind(interaction: Interaction) -> tuple[Any, ...]:
+    return interaction.n_head, interaction.scale, interaction.residual, interaction.relu
+
+
+def _memory(p: InteractingParameters) -> tuple[Any, ...]:
+    """Where the parameters lie, and how; their dtype is one, as `check_parameters` has seen."""
+    present = [t for t in p if t is not None]
+    matrices = [t for t in p[::2] if t is not None]
+    addresses, sizes = list(map(Tensor.data_ptr, present)), list(map(Tensor.size, present))
+    return p.w_q.dtype, addresses, sizes, list(map(Tensor.stride, matrices))
 
 
 class Fused(nn.Module):
@@ -124,8 +130,8 @@ class Fused(nn.Module):
     n_fields: int | None = None
     # The ten parameters as errors name them.
     parameter_names: Sequence[str] = InteractingParameters._fields
-    _frozen: _Known | None = None
-    _last: _Known | None = None
+    _frozen: _Folded | None = None
+    _last: _LastCall | None = None
 
     def interaction(self) -> Interaction:
         """What the layer computes, with its tensors as they are now."""
@@ -154,35 +160,38 @@ class Fused(nn.Module):
             interaction = self.interaction()
         p = interaction.parameters
         inside = dispatch.surroundings()
-        known, is_new = frozen, False
-        if inside is not None or op.through_library(x, p.w_q):
-            known = None
-        elif frozen is None:
-            known = self._last
-            if known is None or not known.holds(p):
+        last, is_new = None, False
+        if inside is None and not op.through_library(x, p.w_q):
+            last = self._last
+            if last is None or not last.holds(interaction):
+                last, is_new = _LastCall(interaction), True
+        if last is None or is_new:
+            if frozen is None:
                 check_parameters(interaction, self.parameter_names)
-                known, is_new = _Known(interaction), True
-        if known is None and frozen is None:
-            check_parameters(interaction, self.parameter_names)
-        if x.shape[2] != p.w_q.shape[1]:
-            raise ValueError(f"x: expected the width of the layer's weights, {p.w_q.shape[1]}, got {x.shape[2]}")
+            if x.shape[2] != p.w_q.shape[1]:
+                raise ValueError(f"x: expected the width of the layer's weights, {p.w_q.shape[1]}, got {x.shape[2]}")
         dtype = check_dtype(x, p.w_q)
-        if is_new and known is not None:
-            self._last = known if known.may_recur() else None
-        if known is not None:
-            layout, backend = known.choose(x.shape[1], dtype, self.backend, self.form)
+        if is_new:
+            self._last = last
+        folding = None
+        if last is not None:
+            layout, backend, folding = last.choose(interaction, x.shape[1], dtype, self.backend, self.form)
         else:
             device_type = x.device.type
             layout, backend = _choose(interaction, device_type, x.shape[1], dtype, self.backend, self.form, inside)
         if backend == "reference":
             out, attention = interaction_reference(x, interaction, mask)
             return (out, attention.transpose(0, 1)) if return_attention else out
+        x = x if x.dtype == dtype else x.to(dtype)
         packed = None
         if frozen is not None:
             packed = frozen.weights(layout, backend)
-        elif known is not None and not is_new and p.w_q.is_cpu and not torch.is_grad_enabled():
-            packed = known.current_weights(layout, backend)
-        out = op.interact(x if x.dtype == dtype else x.to(dtype), interaction, layout, mask, backend, packed)
+        elif last is not None and not is_new and p.w_q.is_cpu and not torch.is_grad_enabled():
+            packed = last.weights(interaction, layout, backend)
+        if packed is None or last is None or torch.is_grad_enabled():
+            out = op.interact(x, interaction, layout, mask, backend, packed, folding)
+        else:
+            out = op.interact_constant(x, packed, layout, mask, backend)
         if not return_attention:
             return out
         return out, attention_probabilities(x, interaction, mask).transpose(0, 1)
@@ -198,7 +207,7 @@ class Fused(nn.Module):
             raise ValueError("freeze: expected a layer in eval mode, got one in training mode; call eval() first")
         interaction = self.interaction()
         check_parameters(interaction, self.parameter_names)
-        frozen = _Known(interaction).copied()
+        frozen = _Folded(interaction)
         w_q = interaction.parameters.w_q
         # Which form is the faster one depends on the number of fields, and one of these two numbers favours each.
         for n_fields in (1, 1 << 20):

@@ -9,7 +9,7 @@ from . import dispatch
 from .fused import Fused
 from .reference import ReferenceInteractingLayer
 from .validation import check_input, check_mask
-from .weights import Layout
+from .weights import Layout, layout_of
 
 
 class InteractingLayer(ReferenceInteractingLayer, Fused):
@@ -60,8 +60,11 @@ class InteractingLayer(ReferenceInteractingLayer, Fused):
         return self.fused(x, check_mask(mask, x), return_attention)
 
     def layout(self, n_fields: int) -> Layout:
-        # The weights need not be read for it, and to fold is always the faster form at this width of a head.
-        return Layout(self.n_head, self.emb_size, self.emb_size, self.emb_size)
+        # The weights need not be read for it.
+        width = self.n_head * self.emb_size
+        return layout_of(
+            self.n_head, width, self.emb_size, self.emb_size, True, "projection", True, n_fields, self.form
+        )
 
     def extra_repr(self) -> str:
         frozen = ", frozen" if self._frozen is not None else ""

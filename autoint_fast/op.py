@@ -7,7 +7,7 @@ backwards), which cost tens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ SECOND_ORDER = (
     "to differentiate twice (gradient penalties, torch.autograd.functional.hessian)"
 )
 
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 BATCHED = (
     "autoint_fast: a fused engine cannot differentiate under vmap (is_grads_batched, torch.func.vmap); build the layer "
     'with backend="reference" for that'
@@ -51,7 +52,8 @@ def _fold_backward(
     return ENGINES[backend].fold_backward(grad.contiguous(), p, layout, scale, wanted)
 
 
-def _interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, backend: str) -> Tensor:
+def interact_constant(x: Tensor, packed: Tensor, layout: Layout, mask: Tensor | None, backend: str) -> Tensor:
+    """`interact` with folded weights, where nothing is differentiated or traced."""
     return ENGINES[backend].interact(_as_stored(x), packed, mask, layout)
 
 
@@ -111,6 +113,7 @@ class _Interact(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         packed: Tensor | None,
+        folding: Callable[[], Tensor] | None,
         mask: Tensor | None,
         layout: Layout,
         scale: float,
@@ -118,9 +121,11 @@ class _Interact(torch.autograd.Function):
         needs: int,
         *parameters: Tensor | None,
     ) -> Tensor:
-        if packed is None:
+        if packed is None and folding is not None:
+            packed = folding()
+        elif packed is None:
             packed = ENGINES[backend].fold(InteractingParameters(*parameters), layout, scale)  # type: ignore[arg-type]
-        out = _interact(x, packed, mask, layout, backend)
+        out = interact_constant(x, packed, layout, mask, backend)
         # Only relu's gradient asks for the output; without it, it is the caller's to change in place.
         ctx.save_for_backward(x, packed, mask, out if layout.relu else None, *parameters)
         ctx.call = (layout, scale, backend, needs)
@@ -134,7 +139,7 @@ class _Interact(torch.autograd.Function):
         wanted = ctx.needs_input_grad[-len(parameters) :]
         run = _InteractBackward.apply if torch.is_grad_enabled() else partial(_InteractBackward.forward, None)
         d_x, *d_parameters = run(grad, x, packed, mask, out, *ctx.call, wanted, *parameters)
-        return d_x, None, None, None, None, None, None, *d_parameters
+        return d_x, None, None, None, None, None, None, None, *d_parameters
 
 
 # --- compiled: torch.library ------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ _fold_op.register_autograd(_fold_autograd, setup_context=_fold_setup)
 
 @torch.library.custom_op("autoint_fast::interact", mutates_args=())
 def _interact_op(x: Tensor, packed: Tensor, mask: Tensor | None, layout: list[int], backend: str, needs: int) -> Tensor:
-    return _interact(x, packed, mask, Layout(*layout), backend)
+    return interact_constant(x, packed, Layout(*layout), mask, backend)
 
 
 @_interact_op.register_fake
@@ -284,7 +289,8 @@ def through_library(*tensors: Tensor) -> bool:
         # Faster than a generator: this is asked at every call.
         if type(t) is not Tensor and type(t) is not Parameter:
             return True
-    return torch.compiler.is_compiling()
+    # make_fx of real tensors is seen by nothing else.
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(PROXY) is not None
 
 
 def _needs(p: InteractingParameters) -> int:
@@ -321,11 +327,12 @@ def interact(
     mask: Tensor | None,
     backend: str,
     packed: Tensor | None = None,
+    folding: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """An interacting layer on the engine named `backend`, in the form of `layout` (`weights.choose_layout`).
 
     x (B, F, E) fp32, bf16, fp16 or fp64; mask None or bool (1 or B, 1 or F, 1 or F), True = hidden. `packed`: what
-    `fold` gives; without it the parameters are folded in the call. Gives (B, F, O) in x's dtype; differentiable once
+    `fold` gives; without it the parameters are folded in the call, by what the engine's `folding` has given, if anything. Gives (B, F, O) in x's dtype; differentiable once
     with respect to x and the parameters. RuntimeError when differentiated twice.
     """
     p, scale = interaction.parameters, interaction.scale
@@ -335,7 +342,7 @@ def interact(
             packed = torch.ops.autoint_fast.fold(*_listed(p), list(layout), scale, backend)
         return torch.ops.autoint_fast.interact(x, packed, mask, list(layout), backend, needs)
     if needs:
-        return _Interact.apply(x, packed, mask, layout, scale, backend, needs, *p)
+        return _Interact.apply(x, packed, folding, mask, layout, scale, backend, needs, *p)
     if packed is None:
         packed = ENGINES[backend].fold(p, layout, scale)
-    return _interact(x, packed, mask, layout, backend)
+    return interact_constant(x, packed, layout, mask, backend)

@@ -53,6 +53,8 @@ def interaction_reference(x: Tensor, interaction: Interaction, mask: Tensor | No
     out = rearrange(heads, "h b f d -> b f (h d)")
     if p.w_o is not None:
         out = nnf.linear(out, p.w_o, p.b_o)
+    elif p.b_o is not None:
+        out = out + p.b_o
     if interaction.residual == "projection":
         assert p.w_r is not None
         out = out + nnf.linear(x, p.w_r, p.b_r)

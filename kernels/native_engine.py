@@ -44,7 +44,7 @@ PHASES = ("load", "project", "scores", "exp", "values", "gradients", "store")
 LAYOUT_DEFINITIONS = tuple(f"AUTOINT_{name}" for name in ("H", "E", "D", "O", "FACTORED", "OUTPUT", "RESIDUAL", "RELU"))
 
 _SHAPE, _FORWARD, _BACKWARD = struct.Struct("9q"), struct.Struct("13q"), struct.Struct("21q")
-_FOLD, _UNFOLD = struct.Struct("10qd21q"), struct.Struct("10qd31q")
+_FOLD, _UNFOLD, _ADDRESS = struct.Struct("10qd20q"), struct.Struct("10qd31q"), struct.Struct("q")
 
 
 def unsupported(call: Call) -> list[str]:
@@ -248,6 +248,11 @@ def _threads(operations: float) -> int:
     )
 
 
+def _address(x: Tensor) -> int:
+    # Without memory, as after `untyped_storage().resize_(0)`, torch says what is wrong.
+    return x.data_ptr() or x.clone().data_ptr()
+
+
 def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
     if mask is None:
         return 0, 0, 0, 0
@@ -257,16 +262,17 @@ def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
 
 class _Comparison:
     def __init__(self, copy: InteractingParameters, given: InteractingParameters) -> None:
-        self.given = [row_by_row(t) for t in given if t is not None]
         # Its memory is what is compared with.
         self.kept = [t for t in copy if t is not None]
-        sizes = [t.numel() * t.element_size() for t in self.kept]
-        addresses = [self.kept[0].data_ptr(), *sizes, *map(Tensor.data_ptr, self.given)]
-        self.argument = struct.pack(f"{len(addresses) + 1}q", len(sizes), *addresses)
+        stored = [row_by_row(t) for t in given if t is not None]
+        self.possible = all(t.is_contiguous() and not t.is_neg() for t in stored)
+        sizes = [t.numel() * t.element_size() for t in stored]
+        numbers = [len(stored), self.kept[0].data_ptr(), *sizes, *map(Tensor.data_ptr, stored)]
+        self.argument = struct.pack(f"{len(numbers)}q", *numbers)
         self.same = _library(copy.w_q.dtype).same
 
     def __call__(self) -> bool:
-        return all(map(Tensor.is_contiguous, self.given)) and bool(self.same(self.argument))
+        return self.possible and bool(self.same(self.argument))
 
 
 def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]:
@@ -275,30 +281,49 @@ def comparison(copy: InteractingParameters, given: InteractingParameters) -> Cal
 
 
 def _fold_arguments(p: InteractingParameters, layout: Layout, scale: float) -> tuple[Any, ...] | None:
-    """What the library's folding takes; None where torch's must do: for wide matrices, and negated views."""
+    """What the library's folding takes; None where torch's must do."""
     w_q, b_q, w_k, _, w_v, b_v, w_o, b_o, w_r, b_r = p
     if w_q.shape[1] > LOOP_WIDTH:
-        return None
-    if any(t is not None and t.is_neg() for t in p):
         return None
     nothing = (0, 0)
     strides = [nothing if w is None else w.stride() for w in (w_q, w_k, w_v, w_o, w_r)]
     for b in (b_q, b_v, b_o, b_r):
         if b is not None and not b.is_contiguous():
             return None
-    addresses = [0 if t is None else t.data_ptr() for t in p]
+    rows, e, o = w_q.shape[0], layout.emb_size, layout.out_size
+    sizes = (rows * e, rows, rows * e, rows, rows * e, rows, o * rows, o, o * e, o)
+    addresses = []
+    for t, size in zip(p, sizes, strict=True):
+        address = 0
+        if t is not None:
+            address = t.data_ptr()
+            # Of a tensor without memory, or cut short since the forward, torch says what is wrong.
+            if not address or t.numel() != size or t.is_neg():
+                return None
+        addresses.append(address)
     return (1, *layout, w_q.shape[0] // layout.n_head, scale, *addresses, *itertools.chain(*strides))
+
+
+def folding(p: InteractingParameters, layout: Layout, scale: float) -> Callable[[], Tensor] | None:
+    """As `torch_engine.folding`."""
+    dtype = p.w_q.dtype
+    arguments = _fold_arguments(p, layout, scale) if dtype in (torch.float32, torch.float64) else None
+    if arguments is None:
+        return None
+    numel, argument, library = layout.numel, _FOLD.pack(*arguments), _library(dtype)
+
+    def fold() -> Tensor:
+        packed = torch.empty(numel, dtype=dtype)
+        library.fold(argument + _ADDRESS.pack(packed.data_ptr()))
+        return packed
+
+    return fold
 
 
 def fold(p: InteractingParameters, layout: Layout, scale: float) -> Tensor:
     """As `torch_engine.fold`."""
-    dtype = p.w_q.dtype
-    arguments = _fold_arguments(p, layout, scale) if dtype in (torch.float32, torch.float64) else None
-    if arguments is None:
-        return torch_engine.fold(p, layout, scale)
-    packed = p.w_q.new_empty(layout.numel)
-    _library(dtype).fold(_FOLD.pack(*arguments, packed.data_ptr()))
-    return packed
+    prepared = folding(p, layout, scale)
+    return torch_engine.fold(p, layout, scale) if prepared is None else prepared()
 
 
 def fold_backward(
@@ -329,7 +354,7 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
         shape.argument
         + _FORWARD.pack(
             *(batch, _threads(operations), _parallel()),
-            *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
+            *(_address(x), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
         )
     )
     if not shape.settled:
@@ -355,7 +380,7 @@ def interact_backward(
         shape.argument
         + _BACKWARD.pack(
             *(batch, _threads(operations), _parallel()),
-            *(x.data_ptr(), *x.stride(), packed.data_ptr(), *_mask_arguments(mask)),
+            *(_address(x), *x.stride(), packed.data_ptr(), *_mask_arguments(mask)),
             *(
                 0 if out is None else out.data_ptr(),
                 grad.data_ptr(),

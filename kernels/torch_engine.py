@@ -93,10 +93,18 @@ def prepare(call: Call) -> bool:
 def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]:
     """A function that tells whether `given` still hold the values of `copy`, which lie side by side in memory.
 
-    It is only asked while they are in the memory where they were. False where it is faster to fold anew than to see.
+    It is only asked while they lie where they lay, in the same shape.
     """
-    pairs = [(t, kept) for t, kept in zip(given, copy, strict=True) if t is not None and kept is not None]
+    pairs = [(t.detach(), kept) for t, kept in zip(given, copy, strict=True) if t is not None and kept is not None]
     return lambda: all(torch.equal(t, kept) for t, kept in pairs)
+
+
+def folding(p: InteractingParameters, layout: Layout, scale: float) -> Callable[[], Tensor] | None:
+    """`fold` as a function of no arguments, good for as long as the parameters lie where they lie.
+
+    None where it would be no faster.
+    """
+    return None
 
 
 def _as_dtype(p: InteractingParameters, dtype: torch.dtype) -> InteractingParameters:

@@ -162,6 +162,11 @@ def prepare(call: Call) -> bool:
     return True
 
 
+def folding(p: InteractingParameters, layout: Layout, scale: float) -> Callable[[], Tensor] | None:
+    """As `torch_engine.folding`."""
+    return None
+
+
 def comparison(copy: InteractingParameters, given: InteractingParameters) -> Callable[[], bool]:
     """As `torch_engine.comparison`: one launch folds, while to compare would be to wait for the device."""
     return lambda: False

@@ -99,7 +99,8 @@ class Native(SimpleNamespace):
     """A native engine: the PyTorch engine, with a note of what was built."""
 
     def __init__(self, *, compiler: bool = True) -> None:
-        names = ("unsupported", "prepare", "comparison", "fold", "fold_backward", "interact", "interact_backward")
+        names = ("unsupported", "prepare", "comparison", "folding", "fold", "fold_backward", "interact")
+        names += ("interact_backward",)
         super().__init__(**{name: getattr(torch_engine, name) for name in names})
         self.compiler, self.built = compiler, list[Build]()
 

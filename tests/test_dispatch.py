@@ -114,6 +114,7 @@ def test_the_layer_runs_what_why_says(monkeypatch: pytest.MonkeyPatch) -> None:
         unsupported=real.unsupported,
         prepare=real.prepare,
         comparison=real.comparison,
+        folding=real.folding,
         fold=real.fold,
         interact=lambda *arguments: (ran.append("torch"), real.interact(*arguments))[1],
     )
