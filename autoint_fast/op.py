@@ -331,9 +331,10 @@ def interact(
 ) -> Tensor:
     """An interacting layer on the engine named `backend`, in the form of `layout` (`weights.choose_layout`).
 
-    x (B, F, E) fp32, bf16, fp16 or fp64; mask None or bool (1 or B, 1 or F, 1 or F), True = hidden. `packed`: what
-    `fold` gives; without it the parameters are folded in the call, by what the engine's `folding` has given, if anything. Gives (B, F, O) in x's dtype; differentiable once
-    with respect to x and the parameters. RuntimeError when differentiated twice.
+    x (B, F, E) fp32, bf16, fp16 or fp64; mask None or bool (1 or B, 1 or F, 1 or F), True = hidden. packed: what `fold`
+    gives; without it the parameters are folded in the call, by `folding`, if it is what the engine's own has given.
+    Gives (B, F, O) in x's dtype; differentiable once with respect to x and the parameters. RuntimeError when
+    differentiated twice.
     """
     p, scale = interaction.parameters, interaction.scale
     needs = _needs(p) | (NEED_INPUT if x.requires_grad else 0) if torch.is_grad_enabled() else 0

@@ -248,9 +248,12 @@ def _threads(operations: float) -> int:
     )
 
 
-def _address(x: Tensor) -> int:
-    # Without memory, as after `untyped_storage().resize_(0)`, torch says what is wrong.
-    return x.data_ptr() or x.clone().data_ptr()
+def _address(t: Tensor) -> int:
+    """Of a tensor that is not empty; raises RuntimeError where its memory was given back."""
+    address = t.data_ptr()
+    if not address:
+        raise RuntimeError(f"backend='native': a tensor of shape {tuple(t.shape)} has no memory: its storage is empty")
+    return address
 
 
 def _mask_arguments(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -296,9 +299,9 @@ def _fold_arguments(p: InteractingParameters, layout: Layout, scale: float) -> t
     for t, size in zip(p, sizes, strict=True):
         address = 0
         if t is not None:
-            address = t.data_ptr()
-            # Of a tensor without memory, or cut short since the forward, torch says what is wrong.
-            if not address or t.numel() != size or t.is_neg():
+            address = _address(t)
+            # Of what was cut short since the forward, torch says what is wrong.
+            if t.numel() != size or t.is_neg():
                 return None
         addresses.append(address)
     return (1, *layout, w_q.shape[0] // layout.n_head, scale, *addresses, *itertools.chain(*strides))

@@ -27,7 +27,6 @@ from autoint_fast import (
     restore,
     swap,
 )
-from autoint_fast.fused import _same_view
 from autoint_fast.libraries import Accelerated
 from benchmarks.model_zoo import MultiHeadSelfAttention
 from tests.numerics import assert_close_to_truth
@@ -223,19 +222,6 @@ def test_serving_folds_once() -> None:
             kept = layer._last
             layer(torch.randn(2, 5, 8))
         assert kept is not None and layer._last is kept
-
-
-def test_other_memory_behind_a_view_is_seen() -> None:
-    """Engines may compare the memory that they know."""
-    weight = nn.Parameter(torch.randn(4, 6))
-    with torch.no_grad():
-        kept = weight.t()
-        assert _same_view(weight.t(), kept) and _same_view(weight, weight) and _same_view(None, None)
-        assert not _same_view(weight, kept) and not _same_view(None, kept) and not _same_view(kept, None)
-        first, second = weight.view(2, 12)
-        assert not _same_view(first, second) and not _same_view(weight.t().clone(), kept)
-        weight.data = weight.data.clone()
-        assert not _same_view(weight.t(), kept)
 
 
 # --- the model stays the model --------------------------------------------------------------------------------
