@@ -41,6 +41,11 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that other workers of pytest-xdist do the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says aloud which libraries test_libraries.py did not find, and how many of its tests hang on each."""
     missing = collections.Counter(

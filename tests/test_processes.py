@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,29 +25,19 @@ FOLDERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def children() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """A pytest of its own per folder, all at once: each keeps one core busy for minutes."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    running = {
-        folder: subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"tests/{folder}"],
-            cwd=ROOT,
-            env={**variables, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for folder, environment in FOLDERS.items()
-    }
-    yield running
-    for child in running.values():
-        child.kill()
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_folder(folder: str, children: dict[str, subprocess.Popen[str]]) -> None:
-    """Fails with what the child printed."""
-    output, _ = children[folder].communicate()
-    if children[folder].returncode != 0:
-        pytest.fail(f"pytest tests/{folder} ended with {children[folder].returncode}:\n{output}", pytrace=False)
+def test_folder(folder: str) -> None:
+    """Fails with what a pytest of its own printed."""
+    others = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+    variables = {name: value for name, value in os.environ.items() if name not in others}
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"tests/{folder}"],
+        cwd=ROOT,
+        env={**variables, **FOLDERS[folder]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if child.returncode != 0:
+        pytest.fail(f"pytest tests/{folder} ended with {child.returncode}:\n{child.stdout}", pytrace=False)
