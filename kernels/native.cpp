@@ -14,9 +14,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #ifdef AUTOINT_PROFILE
 #include <chrono>
+#endif
+#if defined(__AVX512BF16__) && AUTOINT_T == 2
+// Compilers disagree on the builtins for bf16.
+#include <immintrin.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -250,10 +255,20 @@ INLINE Vector load(const Element* from) {
 
 INLINE void store(Real* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 INLINE void store_one(Real* to, Real value) { *to = value; }
-#if AUTOINT_T >= 2
+#if AUTOINT_T == 2
+INLINE void store(Element* to, Vector v) {
+    // As to_element, which compilers do not see in a vector.
+    typedef Element Elements __attribute__((vector_size(AUTOINT_LANE_BYTES / 2)));
+    const Integers bits = (Integers)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Elements elements = __builtin_convertvector(v == v ? rounded : Integers{} + 0x7fc0, Elements);
+    std::memcpy(to, &elements, sizeof elements);
+}
+#elif AUTOINT_T == 3
 INLINE void store(Element* to, Vector v) {
     for (int i = 0; i < LANES; ++i) to[i] = to_element(v[i]);
 }
+#endif
+#if AUTOINT_T >= 2
 INLINE void store_one(Element* to, Real value) { *to = to_element(value); }
 #endif
 
@@ -265,6 +280,76 @@ struct Tensor {
     // Whether the elements of a sample lie side by side.
     bool dense(int64_t n) const { return se == 1 && sf == n; }
 };
+
+// --- operands --------------------------------------------------------------------------------------------------------
+
+template <class Left, class Right>
+INLINE void multiply_add(Vector& sum, Left left, Right right) { sum += left * right; }
+
+// What the products of the forward take. Where the CPU multiplies pairs, two bf16 numbers that follow each other in a sum
+// take the place of one: each operand is rounded once, as in plain layers, and the sums are floats.
+#if defined(__AVX512BF16__) && AUTOINT_T == 2 && AUTOINT_LANE_BYTES == 64
+constexpr bool PAIRS = true;
+
+struct Operand {
+    Vector bits;
+};
+
+INLINE void multiply_add(Vector& sum, Operand left, Operand right) {
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left.bits, (__m512bh)right.bits);
+}
+
+// A scalar is then a pair by its bits.
+INLINE void multiply_add(Vector& sum, Operand left, Real right) {
+    Integer bits;
+    std::memcpy(&bits, &right, sizeof bits);
+    multiply_add(sum, left, Operand{(Vector)(Integers{} + bits)});
+}
+
+template <int... I>
+INLINE Operand interleaved(__m512i v, std::integer_sequence<int, I...>) {
+    typedef short Shorts __attribute__((vector_size(AUTOINT_LANE_BYTES)));
+    return {(Vector)_mm512_permutexvar_epi16((__m512i)Shorts{(I / 2 + I % 2 * LANES)...}, v)};
+}
+
+INLINE Operand pair(Vector first, Vector second) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return interleaved((__m512i)both, std::make_integer_sequence<int, 2 * LANES>{});
+}
+
+INLINE Real pair(Real first, Real second) {
+    const std::uint32_t bits = to_element(first) | std::uint32_t(to_element(second)) << 16;
+    Real both;
+    std::memcpy(&both, &bits, sizeof both);
+    return both;
+}
+
+// Numbers [outer, n, inner] as operands of sums over n: [outer, steps(n), inner], at `to`, which may be `from`. An odd number
+// goes with a zero.
+template <class Number>
+INLINE auto operands(const Number* from, int64_t outer, int64_t n, int64_t inner, Number* to) {
+    auto* next = (decltype(pair(*from, *from))*)to;
+    for (int64_t o = 0; o < outer; ++o, from += n * inner)
+        for (int64_t k = 0; k < n; k += 2, next += inner) {
+            const Number* row = from + k * inner;
+            if (k + 1 < n)
+                for (int64_t i = 0; i < inner; ++i) next[i] = pair(row[i], row[inner + i]);
+            else
+                for (int64_t i = 0; i < inner; ++i) next[i] = pair(row[i], Number{});
+        }
+    return (const std::remove_pointer_t<decltype(next)>*)to;
+}
+#else
+constexpr bool PAIRS = false;
+using Operand = Vector;
+
+template <class Number>
+INLINE const Number* operands(const Number* from, int64_t, int64_t, int64_t, Number*) { return from; }
+#endif
+
+// Operands in a sum of n products.
+template <class Left>
+constexpr int64_t steps(int64_t n) { return std::is_same_v<Left, Vector> ? n : (n + 1) / 2; }
 
 // --- loops over blocks ------------------------------------------------------------------------------------------------
 
@@ -307,7 +392,7 @@ INLINE void multiply(Vector (&sums)[R][C], int64_t n, Left left, Right right) {
         for (int c = 0; c < C; ++c) {
             auto w = right(k, c);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sums[r][c] += l[r] * w;
+            for (int r = 0; r < R; ++r) multiply_add(sums[r][c], l[r], w);
         }
     }
 }
@@ -362,6 +447,19 @@ struct Weights {
         return w.end - w.a;
     }
 };
+
+// The weights with their matrices as operands; `memory` is for as many numbers.
+Weights weight_operands(const Shape& s, const Weights& w, Real* memory) {
+    if (!PAIRS) return w;
+    std::memcpy(memory, w.a, Weights::size(s) * sizeof(Real));
+    auto pack = [&](const Real* part, int64_t n, int64_t width) { operands(part, 1, n, width, memory + (part - w.a)); };
+    pack(w.a, s.e, s.h * s.d);
+    if (s.factored) pack(w.k, s.e, s.h * s.d), pack(w.v, s.e, s.h * s.d);
+    if (s.output != BARE)
+        for (int64_t h = 0; h < s.h; ++h) pack(w.m + h * s.d * s.head_out, s.d, s.head_out);
+    if (s.residual == PROJECTION) pack(w.r, s.e, s.o);
+    return Weights(s, memory);
+}
 
 struct Mask {
     const std::uint8_t* data;  // null without a mask
@@ -493,45 +591,46 @@ struct Hidden {
 };
 
 // to [R, N] += rows [R, K] weights, the weight (k, n) at k * k_stride + n * n_stride.
-template <int R>
-SHARED void project(const Vector* rows, int64_t row_stride, int64_t K, const Real* weights, int64_t k_stride, int64_t n_stride,
+template <int R, class Row>
+SHARED void project(const Row* rows, int64_t row_stride, int64_t K, const Real* weights, int64_t k_stride, int64_t n_stride,
                     Vector* to, int64_t to_stride, int64_t N) {
     blocks<COLUMNS>(N, [&](auto size, int64_t n) {
         const Real* w = weights + n * n_stride;
         Vector sums[R][size()] = {};
         multiply_long(
-            sums, K, [&](int r, int64_t k) { return rows[r * row_stride + k]; },
+            sums, steps<Row>(K), [&](int r, int64_t k) { return rows[r * row_stride + k]; },
             [&](int64_t k, int c) { return w[k * k_stride + c * n_stride]; });
         add(sums, to + n, to_stride);
     });
 }
 
 // q = x a_h + c_h of a block of rows. [R, D]
-template <int R>
-INLINE void queries(const Shape& s, const Weights& w, const Vector* x_rows, int64_t h, Vector* q) {
+template <int R, class Row>
+INLINE void queries(const Shape& s, const Weights& w, const Row* x_rows, int64_t h, Vector* q) {
     for (int r = 0; r < R; ++r)
         for (int64_t d = 0; d < s.d; ++d) q[r * s.d + d] = broadcast(w.c[h * s.d + d]);
-    project<R>(x_rows, s.e, s.e, w.a + h * s.d, s.h * s.d, 1, q, s.d, s.d);
+    project<R>(x_rows, steps<Row>(s.e), s.e, w.a + h * s.d, s.h * s.d, 1, q, s.d, s.d);
 }
 
 // The keys, or values, of head h of a block of rows. [R, D]
-template <int R>
-INLINE void head_rows(const Shape& s, const Real* weights, const Vector* x_rows, int64_t h, Vector* to) {
+template <int R, class Row>
+INLINE void head_rows(const Shape& s, const Real* weights, const Row* x_rows, int64_t h, Vector* to) {
     std::memset((void*)to, 0, R * s.d * sizeof(Vector));
-    project<R>(x_rows, s.e, s.e, weights + h * s.d, s.h * s.d, 1, to, s.d, s.d);
+    project<R>(x_rows, steps<Row>(s.e), s.e, weights + h * s.d, s.h * s.d, 1, to, s.d, s.d);
 }
 
 // p = 2^(q keys^T), not normalised, keys first [F, R], and the reciprocals of its sums: 0 for rows that see no key.
 // Keys are vectors, or scalars that all lanes share.
-template <int R, class Key>
-SHARED void attend(const Shape& s, const Key* keys, const Vector* q, const Hidden& hidden, Vector* p, Vector (&scale)[R]) {
+template <int R, class Row, class Key>
+SHARED void attend(const Shape& s, const Key* keys, const Row* q, const Hidden& hidden, Vector* p, Vector (&scale)[R]) {
     Vector top[R];
     for (int r = 0; r < R; ++r) top[r] = broadcast(-INF);
+    const int64_t depth = steps<Row>(s.d);
     blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
         Vector sums[R][size()] = {};
         multiply(
-            sums, s.d, [&](int r, int64_t k) { return q[r * s.d + k]; },
-            [&](int64_t k, int c) { return keys[(t + c) * s.d + k]; });
+            sums, depth, [&](int r, int64_t k) { return q[r * depth + k]; },
+            [&](int64_t k, int c) { return keys[(t + c) * depth + k]; });
         for (int c = 0; c < size; ++c)
             for (int r = 0; r < R; ++r) {
                 Vector score = sums[r][c];
@@ -564,12 +663,12 @@ SHARED void attend(const Shape& s, const Key* keys, const Vector* q, const Hidde
 }
 
 // The rows of p^T values, each times its scale. [R, D]
-template <int R, class Key>
-SHARED void weigh(const Shape& s, const Key* values, const Vector* p, const Vector (&scale)[R], Vector* z) {
+template <int R, class Row, class Key>
+SHARED void weigh(const Shape& s, const Key* values, const Row* p, const Vector (&scale)[R], Vector* z) {
     blocks<COLUMNS>(s.d, [&](auto size, int64_t d) {
         Vector sums[R][size()] = {};
         multiply_long(
-            sums, s.f, [&](int r, int64_t t) { return p[t * R + r]; },
+            sums, steps<Row>(s.f), [&](int r, int64_t t) { return p[t * R + r]; },
             [&](int64_t t, int c) { return values[t * s.d + d + c]; });
         for (int c = 0; c < size; ++c)
             for (int r = 0; r < R; ++r) sums[r][c] *= scale[r];
@@ -579,29 +678,31 @@ SHARED void weigh(const Shape& s, const Key* values, const Vector* p, const Vect
 
 // A block of rows of the layer. y: [R, O]; keys and values of all heads [H, F, D], or those that all heads share [F, E].
 template <int R, class Key>
-void forward_rows(const Shape& s, const Weights& w, const Vector* x_rows, const Key* keys, const Key* values,
-                  const Hidden& hidden, Vector* y, Pieces pieces) {
+void forward_rows(const Shape& s, const Weights& w, const Vector* x, const Operand* x_rows, const Key* keys,
+                  const Key* values, const Hidden& hidden, Vector* y, Pieces pieces) {
     Vector *q = pieces.take(R * s.d), *z = pieces.take(R * s.d), *p = pieces.take(R * s.f);
     for (int r = 0; r < R; ++r)
         for (int64_t o = 0; o < s.o; ++o) {
             Vector g = broadcast(w.g[o]);
             y[r * s.o + o] = w.b[o] + (hidden.table ? choose(hidden.empty[r], Vector{}, g) : g);
         }
-    if (s.residual == PROJECTION) project<R>(x_rows, s.e, s.e, w.r, s.o, 1, y, s.o, s.o);
+    if (s.residual == PROJECTION) project<R>(x_rows, steps<Operand>(s.e), s.e, w.r, s.o, 1, y, s.o, s.o);
     if (s.residual == IDENTITY)
-        for (int64_t i = 0; i < R * s.o; ++i) y[i] += x_rows[i];
+        for (int64_t i = 0; i < R * s.o; ++i) y[i] += x[i];
     for (int64_t h = 0; h < s.h; ++h) {
         queries<R>(s, w, x_rows, h, q);
         mark(PROJECT);
         Vector scale[R];
-        attend(s, keys + s.keys(h), q, hidden, p, scale);
-        weigh(s, values + s.keys(h), p, scale, z);
+        attend(s, keys + s.keys(h), operands(q, R, s.d, 1, q), hidden, p, scale);
+        weigh(s, values + s.keys(h), operands(p, 1, s.f, R, p), scale, z);
         mark(VALUES);
         Vector* y_h = y + s.column(h);
         if (s.output == BARE)
             for (int r = 0; r < R; ++r)
                 for (int64_t d = 0; d < s.d; ++d) y_h[r * s.o + d] += z[r * s.d + d];
-        else project<R>(z, s.d, s.d, w.m + h * s.d * s.head_out, s.head_out, 1, y_h, s.o, s.head_out);
+        else
+            project<R>(operands(z, R, s.d, 1, z), steps<Operand>(s.d), s.d, w.m + h * s.d * s.head_out, s.head_out, 1, y_h, s.o,
+                       s.head_out);
         mark(PROJECT);
     }
     // NaN stays NaN.
@@ -612,31 +713,40 @@ void forward_rows(const Shape& s, const Weights& w, const Vector* x_rows, const 
 // Vectors of the keys and values of a tile, all heads, where they are not x.
 int64_t factor_vectors(const Shape& s) { return s.factored ? 2 * s.h * s.f * s.d : 0; }
 
+// Every head's keys or values, each [outer, n, inner], as operands in place.
+template <class Number>
+INLINE auto head_operands(const Shape& s, Number* of, int64_t outer, int64_t n, int64_t inner) {
+    for (int64_t h = 1; h < s.h; ++h) operands(of + s.keys(h), outer, n, inner, of + s.keys(h));
+    return operands(of, outer, n, inner, of);
+}
+
 int64_t forward_vectors(const Shape& s) {
-    return s.f * (s.e + 1) + factor_vectors(s) + ROWS * (2 * s.d + s.o + 2 * s.f);
+    return (PAIRS ? 3 : 1) * s.f * s.e + s.f + factor_vectors(s) + ROWS * (2 * s.d + s.o + 2 * s.f);
 }
 
 void forward_group(const Forward& call, int64_t first, int64_t lanes) {
     const Shape& s = call.s;
     Pieces pieces{(Vector*)arena.reserve(forward_vectors(s) * sizeof(Vector))};
     Vector *x = pieces.take(s.f * s.e), *y = pieces.take(ROWS * s.o), *masks = pieces.take(ROWS * s.f);
-    Vector *keys = x, *values = x;
     load_samples(x, call.x, s.f, s.e, first, lanes);
     Hidden hidden;
     if (call.mask.data && call.mask.sq == 0) hidden.read_samples(s, call.mask, first, lanes, 0, ROWS, masks);
     mark(LOAD);
+    const Operand *rows = operands(x, s.f, s.e, 1, pieces.take(PAIRS ? s.f * s.e : 0)), *keys = rows, *values;
+    const int64_t row_size = steps<Operand>(s.e);
     if (s.factored) {
-        keys = pieces.take(s.h * s.f * s.d), values = pieces.take(s.h * s.f * s.d);
+        Vector *k = pieces.take(s.h * s.f * s.d), *v = pieces.take(s.h * s.f * s.d);
         row_blocks(s.f, [&](auto size, int64_t row) {
             for (int64_t h = 0; h < s.h; ++h) {
-                head_rows<size>(s, call.w.k, x + row * s.e, h, keys + s.keys(h) + row * s.d);
-                head_rows<size>(s, call.w.v, x + row * s.e, h, values + s.keys(h) + row * s.d);
+                head_rows<size>(s, call.w.k, rows + row * row_size, h, k + s.keys(h) + row * s.d);
+                head_rows<size>(s, call.w.v, rows + row * row_size, h, v + s.keys(h) + row * s.d);
             }
         });
-    }
+        keys = head_operands(s, k, s.f, s.d, 1), values = head_operands(s, v, 1, s.f, s.d);
+    } else values = operands(x, 1, s.f, s.e, pieces.take(PAIRS ? s.f * s.e : 0));
     row_blocks(s.f, [&](auto size, int64_t row) {
         if (call.mask.data && call.mask.sq != 0) hidden.read_samples(s, call.mask, first, lanes, row, size, masks);
-        forward_rows<size>(s, call.w, x + row * s.e, keys, values, hidden, y, pieces);
+        forward_rows<size>(s, call.w, x + row * s.e, rows + row * row_size, keys, values, hidden, y, pieces);
         store_tile(y, size * s.o, lanes, call.out + (first * s.f + row) * s.o, s.f * s.o);
         mark(STORE);
     });
@@ -650,7 +760,8 @@ constexpr int FEW_ROWS = 3;
 constexpr int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 
 int64_t forward_one_vectors(const Shape& s) {
-    return ROWS * (s.e + 3 * s.d + s.o + 2 * s.f) + vectors(s.f * s.e) + vectors(factor_vectors(s));
+    return ROWS * ((PAIRS ? 2 : 1) * s.e + 3 * s.d + s.o + 2 * s.f) + (PAIRS ? 2 : 1) * vectors(s.f * s.e)
+        + vectors(factor_vectors(s));
 }
 
 void forward_one(const Forward& call, int64_t sample) {
@@ -661,35 +772,40 @@ void forward_one(const Forward& call, int64_t sample) {
     // Rows as if each were a sample of one field.
     const Tensor rows{x, call.x.sf, s.e, call.x.se};
     auto count = [&](int64_t first) { return s.f - first < LANES ? s.f - first : LANES; };
+    Vector* memory = pieces.take(PAIRS ? ROWS * s.e : 0);
     auto load_rows = [&](int64_t n, int64_t block) {
         for (int64_t r = 0; r < n; ++r)
             load_samples(x_rows + r * s.e, rows, 1, s.e, (block + r) * LANES, count((block + r) * LANES));
+        return operands(x_rows, n, s.e, 1, memory);
     };
-    Real *keys, *values;
+    const Real *keys, *values;
     if (s.factored) {
-        keys = (Real*)pieces.take(vectors(factor_vectors(s))), values = keys + s.h * s.f * s.d;
+        Real *k = (Real*)pieces.take(vectors(factor_vectors(s))), *v = k + s.h * s.f * s.d;
         row_blocks<FEW_ROWS>(vectors(s.f), [&](auto size, int64_t block) {
-            load_rows(size, block);
+            const Operand* rows = load_rows(size, block);
             auto project_rows = [&](const Real* weights, Real* to) {
                 Vector* projected = pieces.next;
                 for (int64_t h = 0; h < s.h; ++h) {
-                    head_rows<size>(s, weights, x_rows, h, projected);
+                    head_rows<size>(s, weights, rows, h, projected);
                     for (int r = 0; r < size; ++r) {
                         const int64_t row = (block + r) * LANES;
                         store_tile(projected + r * s.d, s.d, count(row), to + s.keys(h) + row * s.d, s.d);
                     }
                 }
             };
-            project_rows(call.w.k, keys);
-            project_rows(call.w.v, values);
+            project_rows(call.w.k, k);
+            project_rows(call.w.v, v);
         });
+        keys = head_operands(s, k, s.f, s.d, 1), values = head_operands(s, v, 1, s.f, s.d);
     } else {
-        keys = values = (Real*)pieces.take(vectors(s.f * s.e));
+        Real* fields = (Real*)pieces.take(vectors(s.f * s.e));
         for (int64_t f = 0; f < s.f; ++f)
-            for (int64_t e = 0; e < s.e; ++e) keys[f * s.e + e] = to_real(x[f * call.x.sf + e * call.x.se]);
+            for (int64_t e = 0; e < s.e; ++e) fields[f * s.e + e] = to_real(x[f * call.x.sf + e * call.x.se]);
+        values = operands(fields, 1, s.f, s.e, (Real*)pieces.take(PAIRS ? vectors(s.f * s.e) : 0));
+        keys = operands(fields, s.f, s.e, 1, fields);
     }
     row_blocks<FEW_ROWS>(vectors(s.f), [&](auto size, int64_t block) {
-        load_rows(size, block);
+        const Operand* rows = load_rows(size, block);
         Hidden hidden;
         if (call.mask.data)
             hidden.read(size, s.f, LANES, call.mask.sq != 0, call.mask.sq == 0, masks,
@@ -698,7 +814,7 @@ void forward_one(const Forward& call, int64_t sample) {
                             return row < s.f && call.mask.hidden(sample, row, t);
                         });
         mark(LOAD);
-        forward_rows<size>(s, call.w, x_rows, (const Real*)keys, (const Real*)values, hidden, y, pieces);
+        forward_rows<size>(s, call.w, x_rows, rows, keys, values, hidden, y, pieces);
         for (int r = 0; r < size; ++r) {
             const int64_t row = (block + r) * LANES;
             store_tile(y + r * s.o, s.o, count(row), call.out + (sample * s.f + row) * s.o, s.o);
@@ -1087,7 +1203,9 @@ constexpr int64_t FEW = LANES * 3 / 4;
 // 21 out
 EXPORT void autoint_forward(const int64_t* p) {
     Shape s(p);
-    Forward call{s, {(const Element*)p[12], p[13], p[14], p[15]}, Weights(s, (const Real*)p[16]),
+    static thread_local Arena pairs;
+    Real* memory = (Real*)pairs.reserve(PAIRS ? Weights::size(s) * sizeof(Real) : 0);
+    Forward call{s, {(const Element*)p[12], p[13], p[14], p[15]}, weight_operands(s, Weights(s, (const Real*)p[16]), memory),
                  {(const std::uint8_t*)p[17], p[18], p[19], p[20]}, (Element*)p[21], p[9]};
     const int64_t groups = (call.batch + LANES - 1) / LANES;
     for_each(groups, (Parallel)p[11], p[10], [&](int64_t group) {

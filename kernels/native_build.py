@@ -37,8 +37,10 @@ SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 # What each instruction set needs of the CPU and asks of the compiler, best first. Never -march=native: an entry would
 # need more than its name tells.
+_AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx2", "-mfma", "-mf16c", "-mbmi2")
 FLAGS: Mapping[str, tuple[str, ...]] = {
-    "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
     "neon": (),
     "plain": (),
@@ -101,7 +103,8 @@ def _cpu_features() -> set[str]:
 @functools.cache
 def isas() -> tuple[str, ...]:
     """The instruction sets that this CPU runs, best first; "plain", the architecture's least, is always the last."""
-    features = _cpu_features()
+    # Linux writes avx512_bf16 for what compilers call avx512bf16.
+    features = {feature.replace("_", "") for feature in _cpu_features()}
     arm = platform.machine().lower() in ("aarch64", "arm64")
     return tuple(
         isa
@@ -128,6 +131,22 @@ def _compiler(cxx: str, path: str | None) -> Compiler | None:
                 answer = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60)
                 return Compiler(command, answer.stdout.decode(errors="replace").partition("\n")[0].strip())
     return None
+
+
+def takes(isa: str) -> bool:
+    """Whether the compiler knows an instruction set's flags; True without a compiler, for others may have built."""
+    made_by = compiler()
+    return made_by is None or _takes(made_by, isa)
+
+
+@functools.lru_cache(maxsize=32)
+def _takes(made_by: Compiler, isa: str) -> bool:
+    command = [*made_by.command, *FLAGS[isa], "-x", "c++", "-E", os.devnull, "-o", os.devnull]
+    try:
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 def _no_compiler() -> str:

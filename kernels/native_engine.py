@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..dispatch import Call
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-LANE_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "plain": 16}
+LANE_BYTES = {"avx512bf16": 64, "avx512": 64, "avx2": 32, "neon": 16, "plain": 16}
 MAX_FIELDS, MAX_WIDTH, MAX_HEADS = 512, 128, 16
 # Operations that a thread must get, or waking it costs more than it saves; and that a shape must have taken until a
 # build of its own, 3 to 20 percent faster, pays for a few seconds of compiling.
@@ -116,7 +116,7 @@ class _Library:
 
 
 def _spec(dtype: torch.dtype, n_fields: int | None = None, layout: Layout | None = None, profile: bool = False) -> Spec:
-    isa = _isa()
+    isa = _isa(dtype)
     definitions = {"AUTOINT_T": DTYPES[dtype]}
     if n_fields is not None and layout is not None:
         definitions["AUTOINT_F"] = n_fields
@@ -126,8 +126,11 @@ def _spec(dtype: torch.dtype, n_fields: int | None = None, layout: Layout | None
     return Spec(isa, LANE_BYTES[isa], tuple(definitions.items()))
 
 
-def _isa() -> str:
-    return native_build.isas()[0]
+def _isa(dtype: torch.dtype) -> str:
+    best, *others = native_build.isas()
+    # To other dtypes it is of no use, and to old compilers unknown.
+    wanted = best != "avx512bf16" or (dtype == torch.bfloat16 and native_build.takes(best))
+    return best if wanted else others[0]
 
 
 _lock = threading.RLock()

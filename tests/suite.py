@@ -251,9 +251,10 @@ class EngineSuite:
 
     @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    def test_nan_and_infinity_stay_in_their_sample(self, value: float, masked: bool) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+    def test_nan_and_infinity_stay_in_their_sample(self, dtype: torch.dtype, value: float, masked: bool) -> None:
         b, f, _, _ = shape = Shape(3, 7, 16, 2)
-        problem = draw_problem(shape)
+        problem = draw_problem(shape, dtype)
         if masked:
             mask = torch.zeros(b, f, f, dtype=torch.bool)
             mask[:, :, 2] = True  # the spoilt field as a key

@@ -194,6 +194,11 @@ def test_instruction_sets() -> None:
         ("x86_64", "avx avx2 fma f16c bmi2", ("avx2", "plain")),
         ("x86_64", "avx2 fma f16c bmi2 avx512f avx512cd", ("avx2", "plain")),
         ("x86_64", "avx2 fma f16c bmi2 avx512f avx512vl avx512dq avx512bw", ("avx512", "avx2", "plain")),
+        (
+            "x86_64",
+            "avx2 fma f16c bmi2 avx512f avx512vl avx512dq avx512bw avx512_bf16",
+            ("avx512bf16", "avx512", "avx2", "plain"),
+        ),
         ("aarch64", "", ("neon", "plain")),
         ("arm64", "", ("neon", "plain")),
         ("riscv64", "", ("plain",)),
@@ -210,8 +215,10 @@ def test_instruction_sets_of(
 @pytest.mark.parametrize("isa", native_build.isas())
 def test_each_instruction_set_builds(isa: str, place: Place) -> None:
     """For itself and none that is better."""
+    avx512 = "defined __AVX512F__ && defined __AVX512VL__ && defined __AVX512DQ__ && defined __AVX512BW__"
     macros = {
-        "avx512": "defined __AVX512F__ && defined __AVX512VL__ && defined __AVX512DQ__ && defined __AVX512BW__",
+        "avx512bf16": f"{avx512} && defined __AVX512BF16__",
+        "avx512": f"{avx512} && !defined __AVX512BF16__",
         "avx2": "defined __AVX2__ && defined __FMA__ && defined __F16C__ && !defined __AVX512F__",
         "neon": "defined __ARM_NEON",
         "plain": "!defined __AVX2__",
@@ -226,6 +233,17 @@ def test_flags_that_would_be_wrong() -> None:
     for isa in native_build.FLAGS:
         flags = native_build._flags(Spec(isa, 16), ())
         assert not {"-ffast-math", "-Ofast", "-march=native", "-mtune=native"} & set(flags)
+
+
+def test_compiler_too_old_for_an_instruction_set(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "old"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1; esac\nexec {shlex.quote(str(place.cxx))} "$@"\n')
+    old.chmod(0o755)
+    for isa in native_build.isas():
+        assert native_build.takes(isa)
+    monkeypatch.setenv("CXX", str(old))
+    assert [isa for isa in native_build.isas() if not native_build.takes(isa)] in ([], ["avx512bf16"])
+    assert not native_build.takes("avx512bf16")
 
 
 def test_compiler(place: Place) -> None:

@@ -117,12 +117,13 @@ def afresh() -> Iterator[None]:
 @pytest.fixture(scope="class")
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
     """The one that the class names, for all of its tests."""
-    isa = request.cls.isa or native_build.isas()[0]
-    if isa not in native_build.isas():
+    isa, lane_bytes = request.cls.isa, request.cls.lane_bytes
+    if isa not in (None, *native_build.isas()):
         pytest.skip(f"this CPU does not run {isa}")
     with general_builds(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_engine, "_isa", lambda: isa)
-        patch.setitem(native_engine.LANE_BYTES, isa, request.cls.lane_bytes or native_engine.LANE_BYTES[isa])
+        if isa is not None:
+            patch.setattr(native_engine, "_isa", lambda dtype: isa)
+            patch.setitem(native_engine.LANE_BYTES, isa, lane_bytes or native_engine.LANE_BYTES[isa])
         build_all([native_engine._spec(dtype) for dtype in native_engine.DTYPES])
         yield
 
@@ -145,6 +146,10 @@ class ForcedSuite(GeneralSuite):
     mask_shapes = (Shape(7, 6, 8, 2),)
     large_shape = Shape(70, 39, 16, 2)
     extreme_shape = Shape(32, 13, 16, 2)
+
+
+class TestAVX512BF16(ForcedSuite):
+    isa = "avx512bf16"
 
 
 class TestAVX512(ForcedSuite):
@@ -170,6 +175,16 @@ class TestPlain(ForcedSuite):
 
 def test_every_instruction_set_has_a_suite() -> None:
     assert {suite.isa for suite in ForcedSuite.__subclasses__()} == set(native_build.FLAGS)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["new compiler", "old compiler"])
+def test_pairs_are_for_bf16(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for compilers that know them."""
+    monkeypatch.setattr(native_build, "isas", lambda: ("avx512bf16", "avx512", "avx2", "plain"))
+    monkeypatch.setattr(native_build, "takes", lambda isa: known)
+    pairs = [dtype for dtype in DTYPES if native_engine._isa(dtype) == "avx512bf16"]
+    assert pairs == ([torch.bfloat16] if known else [])
+    assert {native_engine._isa(dtype) for dtype in DTYPES if dtype not in pairs} == {"avx512"}
 
 
 # --- builds of a shape's own ----------------------------------------------------------------------------------
