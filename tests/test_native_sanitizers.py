@@ -362,7 +362,7 @@ MEMORY = "address,undefined"
 USUAL = (
     Variant(MEMORY, BEST, native_engine.LANE_BYTES[BEST], 0),
     Variant(MEMORY, "plain", 16, 1),
-    Variant(MEMORY, "plain", 16, 2),
+    Variant(MEMORY, BEST, native_engine.LANE_BYTES[BEST], 2),
     Variant("thread", "plain", 16, 0, threads=3),
 )
 EVERY = tuple(
