@@ -27,6 +27,11 @@ def accelerated_class(cls: Any) -> type:
     return made or type(cls.__name__, bases, {"__module__": __name__, "__qualname__": name, "__doc__": cls.__doc__})
 
 
+def is_made(cls: type) -> bool:
+    """Whether `cls` is what `accelerated_class` has made, rather than derived from that."""
+    return cls.__module__ == __name__ and len(cls.__bases__) == 2
+
+
 def original_class(cls: type) -> type:
     """What `accelerated_class` made `cls` from."""
     return cls.__bases__[1]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .fused import Fused
 from .projections import has_hooks, read_projections
 from .reference import ReferenceInteractingLayer, attention_probabilities
-from .validation import check_input, check_mask
+from .validation import Misfit, check_input, check_mask
 from .weights import InteractingParameters, Interaction
 
 # What a module computes, with its tensors as they are now, or in words why the op cannot say it.
@@ -49,13 +49,21 @@ class Accelerated(Fused):
             raise ValueError(f"{type(self).__name__}: {described}")
         return described
 
+    @staticmethod
+    def drops(module: Any) -> bool:
+        """Whether dropout of P is at work now, as far as that is known without reading a weight."""
+        return False
+
     def describe(self, x: Tensor) -> Interaction | None:
         """What a call with x (B, F, E) computes; None where it is not for the op."""
-        described = self.adapter(self) if self._frozen is None else self._frozen.interaction
-        if isinstance(described, str) or (described.dropout and self.training):
-            return None
         known = isinstance(x, Tensor) and x.ndim == 3 and not x.is_nested and x.is_floating_point()
-        return described if known and x.shape[2] == described.parameters.w_q.shape[1] else None
+        # Before the weights are read, as to read a parametrised one may change its state.
+        if not known or self.drops(self):
+            return None
+        described = self.adapter(self) if self._frozen is None else self._frozen.interaction
+        if isinstance(described, str) or x.shape[2] != described.parameters.w_q.shape[1]:
+            return None
+        return described
 
     def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
         """What the module makes of the op's output (B, F, O)."""
@@ -66,7 +74,11 @@ class Accelerated(Fused):
         interaction = self.describe(args[0]) if len(args) == 1 and not kwargs else None
         if interaction is None:
             return self._original_forward(*args, **kwargs)
-        out = self.fused(args[0], interaction=interaction)
+        try:
+            out = self.fused(args[0], interaction=interaction)
+        except Misfit:
+            # As of one weight in another dtype, which autocast brings together where the weights are used.
+            return self._original_forward(*args, **kwargs)
         assert isinstance(out, Tensor)
         return self.finish(out, args[0], interaction)
 
@@ -97,8 +109,17 @@ def _weights(layer: nn.Module, *names: str) -> list[Any] | str:
     return weights
 
 
-def _rate(dropout: nn.Module | None) -> float:
-    return 0.0 if dropout is None else dropout.p  # type: ignore[return-value]
+def _rate(dropout: nn.Module | None) -> float | str:
+    """The probability of a module that drops out, or why that cannot be said."""
+    if dropout is None or type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or has_hooks(dropout) or "forward" in vars(dropout):
+        return f"a {type(dropout).__name__} of its own in the place of dropout"
+    return dropout.p
+
+
+def _drops(dropout: nn.Module | None) -> bool:
+    return dropout is not None and dropout.training and bool(_rate(dropout))
 
 
 class DeepCTR(Accelerated):
@@ -118,9 +139,9 @@ class DeepCTR(Accelerated):
     def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
         if self.keep_attention:
             self.normalized_att_scores = attention_probabilities(x, interaction, None)
-        elif "normalized_att_scores" in self.__dict__:
+        else:
             # An earlier call's, made by the original code.
-            del self.normalized_att_scores
+            self.__dict__.pop("normalized_att_scores", None)
         return out
 
     def __getattr__(self, name: str) -> Any:
@@ -143,9 +164,16 @@ class Rechub(Accelerated):
         w_q, w_k, w_v, w_r = weights
         if not module.residual:
             w_r = None
+        rate = _rate(module.dropout)
+        if isinstance(rate, str):
+            return rate
         p = InteractingParameters(w_q, None, w_k, None, w_v, None, None, None, w_r, None)
         residual = "none" if w_r is None else "projection"
-        return Interaction(p, module.num_heads, module.scale, residual, dropout=_rate(module.dropout))
+        return Interaction(p, module.num_heads, module.scale, residual, dropout=rate)
+
+    @staticmethod
+    def drops(module: Any) -> bool:
+        return _drops(module.dropout)
 
 
 class FuxiCTR(Accelerated):
@@ -162,14 +190,25 @@ class FuxiCTR(Accelerated):
         if isinstance(weights, str):
             return weights
         attention = module.dot_attention
-        if has_hooks(attention):
-            return "dot_attention: a hook on it would never run"
+        if has_hooks(attention) or "forward" in vars(attention):
+            return "dot_attention: a hook on it, or a forward of its own, would never run"
+        if type(attention).__name__ != "ScaledDotProductAttention":
+            return f"dot_attention: expected FuxiCTR's ScaledDotProductAttention, got a {type(attention).__name__}"
+        rate = _rate(attention.dropout)
+        if isinstance(rate, str):
+            return rate
         w_q, w_k, w_v, w_r = weights
+        if not module.use_residual:
+            w_r = None
         p = InteractingParameters(w_q, None, w_k, None, w_v, None, None, None, w_r, None)
         residual = "none" if not module.use_residual else "identity" if w_r is None else "projection"
         scale = 1 / module.scale if module.scale else 1.0
         relu = module.layer_norm is None
-        return Interaction(p, module.num_heads, scale, residual, relu, _rate(attention.dropout))
+        return Interaction(p, module.num_heads, scale, residual, relu, rate)
+
+    @staticmethod
+    def drops(module: Any) -> bool:
+        return _drops(getattr(module.dot_attention, "dropout", None))
 
     def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
         return out if self.layer_norm is None else torch.relu(self.layer_norm(out))
@@ -197,6 +236,10 @@ class MultiheadAttention(Accelerated):
         return Interaction(p, module.num_heads, scale, "none", relu=False, dropout=module.dropout)
 
     @staticmethod
+    def drops(module: Any) -> bool:
+        return module.training and module.dropout > 0
+
+    @staticmethod
     def arguments(module: Any, x: Tensor) -> tuple[Tensor, ...]:
         return (x if module.batch_first else x.transpose(0, 1),) * 3
 
@@ -214,11 +257,11 @@ class MultiheadAttention(Accelerated):
         """x three times, (F, B, E) or with `batch_first` (B, F, E); bool masks, True = hidden: (B, F) and (F, F)."""
         x = query if self.batch_first or query.ndim != 3 else query.transpose(0, 1)
         masked = key_padding_mask is not None or attn_mask is not None
-        mask = _joined(key_padding_mask, attn_mask) if masked else None
+        mask = _joined(x, key_padding_mask, attn_mask) if masked else None
         plain = query is key and key is value and not is_causal and (mask is not None) == masked
         interaction = self.describe(x) if plain else None
+        arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if interaction is None:
-            arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return self._original_forward(*arguments)  # type: ignore[no-any-return]
         weights = None
         if self.keep_attention and need_weights:
@@ -230,13 +273,12 @@ class MultiheadAttention(Accelerated):
         return out if self.batch_first else out.transpose(0, 1), weights
 
 
-def _joined(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+def _joined(x: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
     """One mask that broadcasts to (B, F, F), True = hidden; None where the op has none such."""
-    padding = attn_mask if key_padding_mask is None else key_padding_mask
-    pairs = padding if attn_mask is None else attn_mask
-    assert padding is not None and pairs is not None
-    if not padding.dtype == pairs.dtype == torch.bool or not padding.ndim == pairs.ndim == 2:
-        return None
+    batch, fields = x.shape[:2]
+    for mask, shape in ((key_padding_mask, (batch, fields)), (attn_mask, (fields, fields))):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+            return None
     if key_padding_mask is None:
         return attn_mask
     return key_padding_mask[:, None] if attn_mask is None else key_padding_mask[:, None] | attn_mask
@@ -287,6 +329,13 @@ CALLERS = MappingProxyType(
     }
 )
 
+
+class _Registered(Accelerated):
+    def describe(self, x: Tensor) -> Interaction | None:
+        described = super().describe(x)
+        return None if described is None or (described.dropout and self.training) else described
+
+
 _registered: dict[type, type[Accelerated]] = {}
 
 
@@ -311,7 +360,11 @@ def register_adapter(cls: type[nn.Module], adapter: Adapter) -> None:
         raise TypeError(f"cls: expected a class that autoint_fast has not made faster yet, got {cls.__name__}")
     if not callable(adapter):
         raise TypeError(f"adapter: expected a function of a module, got {adapter!r}")
-    _registered[cls] = type("Registered", (Accelerated,), {"adapter": staticmethod(adapter)})
+    if cls in _registered:
+        # The class of what is accelerated already stays the one that pickle finds.
+        _registered[cls].adapter = staticmethod(adapter)  # type: ignore[assignment]
+    else:
+        _registered[cls] = type("Registered", (_Registered,), {"adapter": staticmethod(adapter)})
 
 
 def find(cls: type) -> tuple[type, type[Accelerated]] | None:

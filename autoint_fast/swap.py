@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from . import dispatch
-from .accelerated import accelerated_class, change_class, class_of, original_class
+from .accelerated import accelerated_class, change_class, class_of, is_made, original_class
 from .fused import Fused
 from .libraries import CALLERS, Accelerated, MultiheadAttention, Reference, find, qualified_name
 from .validation import check_parameters, describe
@@ -103,14 +109,12 @@ def accelerate(model: nn.Module, *, backend: str = "auto", keep_attention: bool 
             if isinstance(described, str):
                 report.left.append(Left(name, kind, described))
                 continue
-            expected = _output(module, family, described)
+            if why := _difference(module, family):
+                report.left.append(Left(name, kind, why))
+                continue
             change_class(module, accelerated_class(cls))
             assert isinstance(module, Accelerated)
             changed.append(module)
-            if why := _difference(_output(module, family, described), expected):
-                _restore(changed.pop())
-                report.left.append(Left(name, kind, why))
-                continue
             module.backend, module.keep_attention = backend, keep_attention
             report.replaced.append(_replaced(name, kind, module, described))
     except BaseException:
@@ -121,12 +125,22 @@ def accelerate(model: nn.Module, *, backend: str = "auto", keep_attention: bool 
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes `accelerate`, also in a copy of the model. Raises TypeError for what is no module."""
+    """Undoes `accelerate`, also in a copy of the model.
+
+    Raises TypeError for what is no module, and, with nothing changed, where a class was since derived from that of an
+    accelerated module, as `fully_shard` does.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            _restore(module)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, Accelerated)]
+    for name, module in modules:
+        if not is_made(class_of(module)):
+            raise TypeError(
+                f"model: {name or 'it'} has a {class_of(module).__name__} derived from the class that accelerate gave it; "
+                "undo that first"
+            )
+    for _, module in modules:
+        _restore(module)
 
 
 def _restore(module: Accelerated) -> None:
@@ -138,14 +152,25 @@ def _restore(module: Accelerated) -> None:
 def _callers(model: nn.Module) -> dict[nn.Module, str]:
     """The `nn.MultiheadAttention` that known models call, each with the reason against it, "" where there is none."""
     callers: dict[nn.Module, str] = {}
+    stacks: set[nn.Module] = set()
     for parent in model.modules():
         for base in type(parent).__mro__:
             if (caller := CALLERS.get(qualified_name(base))) is None:
                 continue
-            own = [m for m in caller.methods if m in vars(parent) or getattr(type(parent), m) is not getattr(base, m)]
-            why = f"{type(parent).__name__} has a {own[0]} of its own, which calls it" if own else ""
-            callers |= dict.fromkeys(getattr(parent, caller.stack), why)
+            stack = getattr(parent, caller.stack, None)
+            # Else it is another version of the library, of whose calls nothing is known.
+            if isinstance(stack, nn.ModuleList):
+                own = [
+                    m for m in caller.methods if m in vars(parent) or getattr(type(parent), m) is not getattr(base, m)
+                ]
+                why = f"{type(parent).__name__} has a {own[0]} of its own, which calls it" if own else ""
+                callers |= dict.fromkeys(stack, why)
+                stacks.add(stack)
             break
+    for parent in model.modules():
+        for child in parent.children():
+            if child in callers and parent not in stacks:
+                callers[child] = f"{type(parent).__name__} has it too, and nothing is known of how that calls it"
     return callers
 
 
@@ -163,7 +188,8 @@ def _describe(
         return f"its attribute {clash[0]} has the name of one of ours"
     built_in = base.__qualname__ if family.__module__ == Accelerated.__module__ else None
     try:
-        described = family.adapter(module)
+        with _undisturbed(module):
+            described = family.adapter(module)
     except AttributeError as error:
         # A registered adapter's mistake is for its author to see.
         if built_in is None:
@@ -175,6 +201,9 @@ def _describe(
         raise TypeError(
             f"adapter of {base.__name__}: expected an Interaction or a reason why not, got {describe(described)}"
         )
+    dropouts = (child for child in module.modules() if isinstance(child, _DropoutNd) and child.p)
+    if built_in is None and not described.dropout and (dropout := next(dropouts, None)):
+        return f"it has a {type(dropout).__name__} of which its description says nothing"
     try:
         check_parameters(described, family.parameter_names)
     except ValueError as error:
@@ -194,27 +223,14 @@ def _names(family: type[Accelerated]) -> set[str]:
     return {name for base in bases for name in vars(base) if not name.startswith("__")} - set(dir(nn.Module))
 
 
-def _output(module: nn.Module, family: type[Accelerated], described: Interaction) -> Tensor | str | None:
-    """What the module's forward gives on a small input in eval mode, past its hooks and without a trace.
-
-    In words, why it gives nothing; None on a device that computes nothing.
-    """
-    w_q = described.parameters.w_q
-    if w_q.is_meta:
-        return None
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, w_q.shape[1], generator=draw, device="cpu").to(w_q)
-    state = dict(vars(module))
-    training = [(child, child.training) for child in module.modules()]
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Inside, the module and what is in it is in eval mode; afterwards all is as it was."""
+    state, training = dict(vars(module)), [(child, child.training) for child in module.modules()]
     try:
         for child, _ in training:
             child.training = False
-        module.backend = "reference"  # type: ignore[assignment]
-        with torch.no_grad(), torch.autocast(w_q.device.type, enabled=False):
-            out = type(module).forward(module, *family.arguments(module, x))
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
-    except Exception as error:
-        return f"its forward fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {error}"
+        yield
     finally:
         for child, mode in training:
             child.training = mode
@@ -222,18 +238,67 @@ def _output(module: nn.Module, family: type[Accelerated], described: Interaction
         vars(module).update(state)
 
 
-def _difference(ours: Tensor | str | None, theirs: Tensor | str | None) -> str:
-    """Why what the op gives is not what the module gave; "" where it is."""
+def _output(module: nn.Module, family: type[Accelerated], x: Tensor) -> Tensor | str:
+    """What the module's forward gives in eval mode, past its hooks and without a trace; in words, why it does not."""
+    try:
+        with _undisturbed(module), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            module.backend = "reference"  # type: ignore[assignment]
+            out: Any = type(module).forward(module, *family.arguments(module, x))
+    except Exception as error:
+        return f"its forward fails on an input of shape {tuple(x.shape)}: {type(error).__name__}: {error}"
+    out = out[0] if family is MultiheadAttention else out
+    return out if isinstance(out, Tensor) else f"its forward gives {describe(out)}, no tensor"
+
+
+def _probe(module: nn.Module) -> nn.Module:
+    """A copy in float64 with other parameters, none of them zero, so that nothing they enter by can hide.
+
+    The module itself where it cannot be copied.
+    """
+    try:
+        probe = copy.deepcopy(module).double()
+    except Exception:
+        return module
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in probe.parameters():
+            p.copy_(
+                torch.randn(p.shape, generator=draw, device="cpu", dtype=p.dtype)
+                / math.sqrt(p.shape[-1] if p.ndim else 1)
+            )
+    return probe
+
+
+def _difference(module: nn.Module, family: type[Accelerated]) -> str:
+    """Why what the op gives is not what the module gives; "" where it is, or where the device computes nothing."""
+    if any(p.is_meta for p in module.parameters()):
+        return ""
+    probe = _probe(module)
+    with _undisturbed(probe):
+        described = family.adapter(probe)
+    if isinstance(described, str):
+        return described
+    w_q = described.parameters.w_q
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, w_q.shape[1], generator=draw, device="cpu").to(w_q)
+    theirs = _output(probe, family, x)
     if isinstance(theirs, str):
         return theirs
+    change_class(probe, accelerated_class(class_of(probe)))
+    assert isinstance(probe, Accelerated)
+    try:
+        ours = _output(probe, family, x)
+    finally:
+        _restore(probe)
     if isinstance(ours, str):
         return ours
-    if ours is None or theirs is None:
-        return ""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return f"its forward gives {describe(theirs)}, what the adapter says {describe(ours)}"
+    finite = theirs[theirs.isfinite()]
+    if not finite.numel():
+        return "its forward gives no finite number to compare with"
     # A description that is wrong in any part is wrong by more than the roots of rounding errors.
-    bound = torch.finfo(theirs.dtype).eps ** 0.5 * theirs.abs().max().item()
+    bound = torch.finfo(theirs.dtype).eps ** 0.5 * finite.abs().max().item()
     if not torch.allclose(ours, theirs, rtol=0.0, atol=bound, equal_nan=True):
         error = (ours - theirs).abs().max().item()
         return f"its forward gives other numbers than what the adapter says, by up to {error:.2g}"

@@ -55,15 +55,19 @@ def check_input(x: Tensor, emb_size: int, n_fields: int | None = None) -> None:
         raise TypeError(f"x: expected a floating-point dtype, got {describe(x)}")
 
 
+class Misfit(ValueError):
+    """Parameters that do not fit together."""
+
+
 def check_parameters(interaction: Interaction, names: Sequence[str] = InteractingParameters._fields) -> None:
     """The tensors of `interaction` fit together: shapes as in `InteractingParameters`, one dtype and device.
 
-    names: of the ten parameters, for the error. Raises ValueError.
+    names: of the ten parameters, for the error. Raises Misfit, a ValueError.
     """
     p, h, residual = interaction.parameters, interaction.n_head, interaction.residual
     w_q, w_v, w_o, w_r = p.w_q, p.w_v, p.w_o, p.w_r
     if w_q.ndim != 2 or w_q.shape[0] % h:
-        raise ValueError(f"{names[0]}: expected the shape ({h} heads * width, E), got {describe(w_q)}")
+        raise Misfit(f"{names[0]}: expected the shape ({h} heads * width, E), got {describe(w_q)}")
     rows, e = w_q.shape
     o = w_o.shape[0] if w_o is not None else rows if w_v is not None else h * e
     shapes = ((rows, e), (rows,), (rows, e), (rows,), (rows, e), (rows,), (o, rows), (o,), (o, e), (o,))
@@ -71,15 +75,15 @@ def check_parameters(interaction: Interaction, names: Sequence[str] = Interactin
     for name, t, shape in zip(names, p, shapes, strict=True):
         if t is not None and (t.shape != shape or t.dtype != dtype or t.device != device):
             expected = f"the shape {shape}, and the dtype and device of the others, {dtype} on {device}"
-            raise ValueError(f"{name}: expected {expected}, got {describe(t)}")
+            raise Misfit(f"{name}: expected {expected}, got {describe(t)}")
     if residual not in RESIDUALS:
-        raise ValueError(f"residual: expected one of {', '.join(RESIDUALS)}, got {residual!r}")
+        raise Misfit(f"residual: expected one of {', '.join(RESIDUALS)}, got {residual!r}")
     if (w_r is None) == (residual == "projection") or (w_r is None and p.b_r is not None):
-        raise ValueError(f"{names[8]}: expected a tensor where the residual is a projection only, got {residual!r}")
+        raise Misfit(f"{names[8]}: expected a tensor where the residual is a projection only, got {residual!r}")
     if residual == "identity" and o != e:
-        raise ValueError(f"residual: expected outputs as wide as x to add x, {e}, got {o}")
+        raise Misfit(f"residual: expected outputs as wide as x to add x, {e}, got {o}")
     if w_v is None and (p.b_v is not None or w_o is not None):
-        raise ValueError(f"{names[4]}: expected a tensor where there is a bias or an output projection, got None")
+        raise Misfit(f"{names[4]}: expected a tensor where there is a bias or an output projection, got None")
 
 
 def check_dtype(x: Tensor, weights: Tensor) -> torch.dtype:
