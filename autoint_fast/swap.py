@@ -135,10 +135,8 @@ def restore(model: nn.Module) -> None:
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, Accelerated)]
     for name, module in modules:
         if not is_made(class_of(module)):
-            raise TypeError(
-                f"model: {name or 'it'} has a {class_of(module).__name__} derived from the class that accelerate gave it; "
-                "undo that first"
-            )
+            derived = f"a {class_of(module).__name__} derived from the class that accelerate gave it"
+            raise TypeError(f"model: {name or 'it'} has {derived}; undo that first")
     for _, module in modules:
         _restore(module)
 
@@ -262,10 +260,8 @@ def _probe(module: nn.Module) -> nn.Module:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in probe.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=draw, device="cpu", dtype=p.dtype)
-                / math.sqrt(p.shape[-1] if p.ndim else 1)
-            )
+            numbers = torch.randn(p.shape, generator=draw, device="cpu", dtype=p.dtype)
+            p.copy_(numbers / math.sqrt(p.shape[-1] if p.ndim else 1))
     return probe
 
 
