@@ -330,7 +330,7 @@ CALLERS = MappingProxyType(
 )
 
 
-class _Registered(Accelerated):
+class Registered(Accelerated):
     def describe(self, x: Tensor) -> Interaction | None:
         described = super().describe(x)
         return None if described is None or (described.dropout and self.training) else described
@@ -364,7 +364,7 @@ def register_adapter(cls: type[nn.Module], adapter: Adapter) -> None:
         # The class of what is accelerated already stays the one that pickle finds.
         _registered[cls].adapter = staticmethod(adapter)  # type: ignore[assignment]
     else:
-        _registered[cls] = type("Registered", (_Registered,), {"adapter": staticmethod(adapter)})
+        _registered[cls] = type("Registered", (Registered,), {"adapter": staticmethod(adapter)})
 
 
 def find(cls: type) -> tuple[type, type[Accelerated]] | None:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from . import dispatch
 from .accelerated import accelerated_class, change_class, class_of, is_made, original_class
 from .fused import Fused
-from .libraries import CALLERS, Accelerated, MultiheadAttention, Reference, find, qualified_name
+from .libraries import CALLERS, Accelerated, MultiheadAttention, Reference, Registered, find, qualified_name
 from .validation import check_parameters, describe
 from .weights import Interaction, choose_layout
 
@@ -184,15 +184,15 @@ def _describe(
         return why
     if family is not Reference and (clash := sorted(_names(family) & set(dir(module)))):
         return f"its attribute {clash[0]} has the name of one of ours"
-    built_in = base.__qualname__ if family.__module__ == Accelerated.__module__ else None
+    registered = issubclass(family, Registered)
     try:
         with _undisturbed(module):
             described = family.adapter(module)
     except AttributeError as error:
         # A registered adapter's mistake is for its author to see.
-        if built_in is None:
+        if registered:
             raise
-        return f"another version of {built_in}: {error}"
+        return f"another version of {base.__qualname__}: {error}"
     if isinstance(described, str):
         return described
     if not isinstance(described, Interaction):
@@ -200,7 +200,7 @@ def _describe(
             f"adapter of {base.__name__}: expected an Interaction or a reason why not, got {describe(described)}"
         )
     dropouts = (child for child in module.modules() if isinstance(child, _DropoutNd) and child.p)
-    if built_in is None and not described.dropout and (dropout := next(dropouts, None)):
+    if registered and not described.dropout and (dropout := next(dropouts, None)):
         return f"it has a {type(dropout).__name__} of which its description says nothing"
     try:
         check_parameters(described, family.parameter_names)

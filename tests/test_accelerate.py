@@ -652,23 +652,24 @@ def test_the_reference_becomes_the_layer() -> None:
 def test_wrong_descriptions_are_found_out() -> None:
     """An adapter that says anything else than what the module computes."""
     layer = Toy()
-    right = adapt_toy(layer)
-    p = right.parameters
-    wrong = {
+    wrong: dict[str, list[Callable[[InteractingParameters], Interaction | str]]] = {
         "other numbers": [
-            Interaction(p, 2, 0.5, "none"),
-            Interaction(p, 3, 1.0, "none"),
-            Interaction(p, 2, 1.0, "none", relu=False),
-            Interaction(p._replace(w_q=p.w_k, w_k=p.w_v), 2, 1.0, "none"),
+            lambda p: Interaction(p, 2, 0.5, "none"),
+            lambda p: Interaction(p, 3, 1.0, "none"),
+            lambda p: Interaction(p, 2, 1.0, "none", relu=False),
+            lambda p: Interaction(p._replace(w_q=p.w_k, w_k=p.w_v), 2, 1.0, "none"),
         ],
-        "residual: expected": [Interaction(p, 2, 1.0, "identity"), Interaction(p, 2, 1.0, "some")],
-        "w_k: expected the shape": [Interaction(p._replace(w_k=p.w_k.t()), 2, 1.0, "none")],
-        "what the adapter says a": [Interaction(p._replace(w_v=None), 2, 1.0, "none")],
-        "no such layer": ["no such layer"],
+        "residual: expected": [
+            lambda p: Interaction(p, 2, 1.0, "identity"),
+            lambda p: Interaction(p, 2, 1.0, "some"),
+        ],
+        "w_k: expected the shape": [lambda p: Interaction(p._replace(w_k=p.w_k.t()), 2, 1.0, "none")],
+        "what the adapter says a": [lambda p: Interaction(p._replace(w_v=None), 2, 1.0, "none")],
+        "no such layer": [lambda p: "no such layer"],
     }
     for reason, descriptions in wrong.items():
-        for description in descriptions:
-            register_adapter(Toy, lambda module, description=description: description)
+        for say in descriptions:
+            register_adapter(Toy, lambda module, say=say: say(adapt_toy(module).parameters))
             before = dict(vars(layer))
             report = accelerate(layer, backend="torch")
             assert not report.replaced and reason in report.left[0].reason, (report, reason)
