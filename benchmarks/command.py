@@ -96,12 +96,13 @@ def _run(cases: Sequence[Case], entry: Entry, path: Path, errors: Console) -> It
     if busy := machine.busy(load):
         errors.print(f"This machine is busy ({busy}): do not trust the timings.", style="yellow")
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=errors, transient=True) as bar:
+    # Drawn between turns: a thread that draws would take the interpreter from what is timed.
+    with Progress(*columns, console=errors, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=len(cases))
         for i, case in enumerate(cases):
 
             def advance(what: str, share: float, i: int = i, case: Case = case) -> None:
-                bar.update(task, completed=i + share, description=f"{case}: {what}")
+                bar.update(task, completed=i + share, description=f"{case}: {what}", refresh=True)
 
             rows = compare(case, *entry(case), advance, load=load)
             report.update_csv(path, rows)
