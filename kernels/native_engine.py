@@ -319,7 +319,7 @@ def folding(p: InteractingParameters, layout: Layout, scale: float) -> Callable[
     numel, argument, library = layout.numel, _FOLD.pack(*arguments), _library(dtype)
 
     def fold() -> Tensor:
-        packed = torch.empty(numel, dtype=dtype)
+        packed = torch.empty(numel, dtype=dtype, device="cpu")
         library.fold(argument + _ADDRESS.pack(packed.data_ptr()))
         return packed
 
