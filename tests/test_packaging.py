@@ -253,7 +253,7 @@ def test_ci_runs_the_lines_of_the_readme() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = run(["bash", script, "--list"], cwd=ROOT).splitlines()
-    assert [line.split(" && ")[-1] for line in lines] == ["python -m benchmarks", "pytest"]
+    assert [line.split(" && ")[-1] for line in lines] == ["python -m benchmarks", "pytest -n logical"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert set(lines) < set(readme)
 
