@@ -1,4 +1,4 @@
-"""Installs, into the Python that runs this, the libraries that test_libraries.py tests against.
+"""Installs, into the Python that runs this, the libraries that test_libraries.py and test_flattened.py test against.
 
 Each comes without its dependencies (several pin old ones, or ask for what texts and images need), and with the few
 modules that importing its AutoInt takes. What cannot be installed is said and left out; the exit status is 0 anyway.
@@ -21,6 +21,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         *("numpy", "pandas<3", "scikit-learn", "scipy", "pytorch-lightning", "omegaconf", "torchmetrics<1.9", "einops"),
         *("rich", "scikit-base"),
     ),
+    "keras>=3": ("absl-py", "numpy", "rich", "namex", "h5py", "optree", "ml-dtypes", "packaging"),
     "pytorch-widedeep==1.7.0": ("numpy", "pandas", "scikit-learn", "scipy", "einops", "wrapt", "tqdm", "torchmetrics"),
 }
 
