@@ -27,7 +27,7 @@ from ..weights import (
     Layout,
     Parts,
 )
-from . import triton_fold, triton_resident, triton_streaming
+from . import triton_backward, triton_fold, triton_resident, triton_streaming
 
 BLOCK = 16
 MASK_NONE, MASK_KEYS, MASK_PAIRS = 0, 1, 2
@@ -303,7 +303,7 @@ def backward_launch(
     }
     tensors = (grad, x, packed, mask_tensor, out, d_x, partial, scratch, projected)
     args = (*tensors, batch, *grad.stride(), *x.stride(), *mask_strides, key_end, 0)
-    return Launch(triton_streaming.backward, (partial.shape[0],), args, options)
+    return Launch(triton_backward.backward, (partial.shape[0],), args, options)
 
 
 def reduce_launch(partial: Tensor, total: Tensor, layout: Layout, needs: int) -> Launch:
