@@ -219,12 +219,18 @@ def fold_backward(
 
 
 def _width(layout: Layout, device: torch.device) -> Layout:
-    """The layout to compute in: more zeros where a CPU multiplies wider matrices faster."""
-    e, o = layout.emb_size, layout.out_size
-    if device.type != "cpu" or min(e, o) >= LEAST_WIDTH or layout.factored or layout.output != MERGED:
+    """The layout to compute in: more zeros where a CPU multiplies wider matrices faster.
+
+    Heads that are not merged keep their output columns, and so does x where it is added to these.
+    """
+    if device.type != "cpu":
         return layout
-    wider = max(e, LEAST_WIDTH)
-    return layout._replace(emb_size=wider, rank=wider, out_size=max(o, LEAST_WIDTH))
+    merged = layout.output == MERGED
+    e = layout.emb_size if layout.residual == IDENTITY and not merged else max(layout.emb_size, LEAST_WIDTH)
+    rank = max(layout.rank, LEAST_WIDTH) if layout.factored else e
+    return layout._replace(
+        emb_size=e, rank=rank, out_size=max(layout.out_size, LEAST_WIDTH) if merged else layout.out_size
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,7 +250,7 @@ def _widened(packed: Tensor, narrow: Layout, wide: Layout) -> Tensor:
 
 
 def _padded(t: Tensor, width: int) -> Tensor:
-    """A contiguous t (n, F, N) with zeros up to (n, F, width)."""
+    """A contiguous t (.., .., N) with zeros up to (.., .., width)."""
     return t.contiguous() if t.shape[2] == width else nnf.pad(t, (0, width - t.shape[2]))
 
 
@@ -306,16 +312,47 @@ def _blocks(x: Tensor, mask: Tensor | None, width: Layout, dtype: torch.dtype, n
         yield _Block(rows, _padded(x[rows].to(dtype), width.emb_size), block_mask, buffers)
 
 
-def _project(x: Tensor, weights: Parts, layout: Layout) -> _Operands:
-    n, f, e = x.shape
-    h, d = layout.n_head, layout.rank
-    rows = x.view(n * f, e)
-    if not layout.factored:
-        return _Operands(torch.addmm(weights.c.view(-1), rows, weights.a.view(e, h * d)).view(n, f * h, d), x, x)
-    for_all = rows.expand(h, n * f, e)
-    q = torch.baddbmm(weights.c.unsqueeze(1), for_all, weights.a.transpose(0, 1))
-    k, v = (torch.bmm(for_all, t.transpose(0, 1)) for t in (weights.k, weights.v))
-    return _Operands(*(t.view(h * n, f, d) for t in (q, k, v)))
+class _Projections:
+    """What x is multiplied by to give the queries and, factored, the keys and values of all heads.
+
+    Factored, a head is at the columns of one product for all: it is copied to rows of its own, in memory that all
+    blocks share, and its gradients back.
+    """
+
+    def __init__(self, weights: Parts, layout: Layout) -> None:
+        self.layout = layout
+        parts = (weights.a, weights.k, weights.v) if layout.factored else (weights.a,)
+        self.matrix = torch.cat([t.view(layout.emb_size, -1) for t in parts], 1)  # [E, H*D] or [E, 3*H*D]
+        self.bias = nnf.pad(weights.c.view(-1), (0, self.matrix.shape[1] - weights.c.numel()))
+        self.work: Tensor | None = None
+
+    def _memory(self, n_rows: int) -> Tensor:
+        """As columns and as rows of heads."""
+        size = n_rows * self.matrix.shape[1]
+        if self.work is None or self.work.shape[1] < size:
+            self.work = self.matrix.new_empty(2, size)
+        return self.work[:, :size]
+
+    def operands(self, x: Tensor) -> _Operands:
+        n, f, e = x.shape
+        h, d = self.layout.n_head, self.layout.rank
+        rows = x.view(n * f, e)
+        if not self.layout.factored:
+            return _Operands(torch.addmm(self.bias, rows, self.matrix).view(n, f * h, d), x, x)
+        columns, heads = self._memory(n * f)
+        torch.addmm(self.bias, rows, self.matrix, out=columns.view(n * f, -1))
+        by_head = heads.view(3 * h, n * f, d).copy_(columns.view(n * f, 3 * h, d).transpose(0, 1))
+        return _Operands(*by_head.view(3, h * n, f, d))
+
+    def gradients(self, d_q: Tensor, d_k: Tensor | None, d_v: Tensor | None) -> Tensor:
+        """The gradients of what `operands` has given last as [n*F, H*D] or [n*F, 3*H*D]."""
+        h, d = self.layout.n_head, self.layout.rank
+        if d_k is None or d_v is None:
+            return d_q.view(-1, h * d)
+        columns = self._memory(d_q.numel() // (h * d))[0].view(-1, 3, h, d)
+        for i, t in enumerate((d_q, d_k, d_v)):
+            columns[:, i].copy_(t.view(h, -1, d).transpose(0, 1))
+        return columns.view(columns.shape[0], -1)
 
 
 def _attend(block: _Block, operands: _Operands, shift: bool) -> _Attention:
@@ -382,7 +419,7 @@ def _add_outputs(y: Tensor, z: Tensor, weights: Parts, layout: Layout) -> None:
         return
     by_head = _by_head(z, layout)
     if layout.output == BARE:
-        _outputs_by_head(y, layout).add_(by_head)
+        _outputs_by_head(y, layout).add_(by_head[..., : layout.head_out])
         return
     for y_h, z_h, m_h in zip(_outputs_by_head(y, layout), by_head, weights.m, strict=True):
         y_h.addmm_(z_h, m_h)
@@ -394,8 +431,7 @@ def _output_gradients(d_y: Tensor, weights: Parts, layout: Layout, scale: Tensor
     if layout.output == MERGED and not layout.factored:
         return torch.mm(d_y, weights.m.view(-1, layout.out_size).t()).view(shape).mul_(scale)
     d_z = _outputs_by_head(d_y, layout)
-    if layout.output != BARE:
-        d_z = torch.bmm(d_z, weights.m.mT)
+    d_z = _padded(d_z, layout.rank) if layout.output == BARE else torch.bmm(d_z, weights.m.mT)
     return (d_z if layout.factored else d_z.transpose(0, 1)).reshape(shape) * scale
 
 
@@ -407,10 +443,11 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     weights = width.parts(_widened(packed, layout, width))
     bias = weights.b + weights.g if mask is None else weights.b
     shift = _must_shift(x, mask)
+    projections = _Projections(weights, width)
     out = x.new_empty(batch, fields, layout.out_size)
-    in_place = width == layout and packed.dtype == x.dtype
+    in_place = width.out_size == layout.out_size and packed.dtype == x.dtype
     for block in _blocks(x, mask, width, packed.dtype, n_buffers=1):
-        operands = _project(block.x, weights, width)
+        operands = projections.operands(block.x)
         w, scale = _attend(block, operands, shift)
         z = torch.bmm(w.mT, operands.v).mul_(scale.mT)
         rows = block.x.view(-1, width.emb_size)
@@ -432,14 +469,13 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
     return out
 
 
-def _add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [H, M, N] += left [H, M, rows] right [H, rows, N].
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, rows] right [rows, N], a long sum, by the narrower matrix on the left.
 
-    A head at a time, the narrower matrix on the left, and added afterwards: batched, with a narrow one on the right, or
-    in place, a CPU takes such long sums number by number, at several times the rounding error.
+    With a narrow one on the right, and in batches, a CPU takes such sums number by number, at several times the
+    rounding error.
     """
-    for t, a, b in zip(total, left, right, strict=True):
-        t.add_(torch.mm(a, b) if a.shape[0] <= b.shape[1] else torch.mm(b.t(), a.t()).t())
+    return torch.mm(left, right) if left.shape[0] <= right.shape[1] else torch.mm(right.t(), left.t()).t()
 
 
 @_plain_torch
@@ -452,13 +488,14 @@ def interact_backward(
     not needed are zero.
     """
     width = _width(layout, x.device)
-    h = width.n_head
     weights = width.parts(_widened(packed, layout, width))
     shift = _must_shift(x, mask)
+    projections = _Projections(weights, width)
     d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs & NEED_INPUT else None
-    in_place = width == layout and packed.dtype == x.dtype
+    in_place = width.emb_size == layout.emb_size and packed.dtype == x.dtype
     d_packed = packed.new_zeros(width.numel)
     d = width.parts(d_packed)
+    d_projections, n_columns = torch.zeros_like(projections.matrix), width.n_head * width.rank
     for block in _blocks(x, mask, width, packed.dtype, n_buffers=2):
         n, f, e = block.x.shape
         rows = block.x.view(n * f, e)
@@ -476,7 +513,7 @@ def interact_backward(
             d.r.addmm_(rows.t(), d_y)
         if not needs & (NEED_INPUT | NEED_SCORES | NEED_VALUES):
             continue
-        operands = _project(block.x, weights, width)
+        operands = projections.operands(block.x)
         q, k, v = operands
         w, scale = _attend(block, operands, shift)
         if needs & NEED_VALUES and width.output != BARE:
@@ -484,7 +521,8 @@ def interact_backward(
             if width.output == MERGED and not width.factored:
                 d.m.view(-1, width.out_size).addmm_(z.view(n * f, -1).t(), d_y)
             else:
-                _add_products(d.m, _by_head(z, width).mT, _outputs_by_head(d_y, width))
+                for d_m, z_h, d_y_h in zip(d.m, _by_head(z, width), _outputs_by_head(d_y, width), strict=True):
+                    d_m.add_(_product(z_h.t(), d_y_h))
         if not needs & (NEED_INPUT | NEED_SCORES) and not (needs & NEED_VALUES and width.factored):
             continue
         d_z = _output_gradients(d_y, weights, width, scale.mT)
@@ -493,7 +531,9 @@ def interact_backward(
         delta = d_scores.sum(1, keepdim=True).mul_(scale)
         d_scores.addcmul_(w, delta, value=-1)
         # So far by natural exponents; those of q and k are to the base of 2.
-        d_q = torch.bmm(d_scores.mT, k).mul_(LN2)
+        d_q, d_k, d_v = torch.bmm(d_scores.mT, k).mul_(LN2), None, None
+        if width.factored:
+            d_k, d_v = torch.bmm(d_scores, q).mul_(LN2), torch.bmm(w, d_z)
         d_rows = None
         if d_x is not None:
             d_rows = (d_x[block.rows] if in_place else torch.empty_like(block.x)).view(n * f, e)
@@ -503,30 +543,25 @@ def interact_backward(
                 d_rows.copy_(d_y)
             else:
                 d_rows.zero_()
-        if not width.factored:
-            if needs & NEED_SCORES:
-                d.a.view(e, -1).addmm_(rows.t(), d_q.view(n * f, -1))
-                d.c.view(-1).add_(d_q.view(n * f, -1).sum(0))
-            if d_rows is not None:
-                d_rows.addmm_(d_q.view(n * f, -1), weights.a.view(e, -1).t())
+            if not width.factored:
                 d_rows.view(n, f, e).baddbmm_(w, d_z).baddbmm_(d_scores, q, alpha=LN2)
-        else:
-            for_all = rows.t().expand(h, e, n * f)
-            projections = [(d_q, d.a, weights.a, NEED_SCORES)]
-            if needs & (NEED_INPUT | NEED_SCORES):
-                projections.append((torch.bmm(d_scores, q).mul_(LN2), d.k, weights.k, NEED_SCORES))
-            projections.append((torch.bmm(w, d_z), d.v, weights.v, NEED_VALUES))
-            if needs & NEED_SCORES:
-                d.c.add_(_by_head(d_q, width).sum(1))
-            for d_t, d_weight, weight, needed in projections:
-                by_head = _by_head(d_t, width)
-                if needs & needed:
-                    _add_products(d_weight.transpose(0, 1), for_all, by_head)
-                if d_rows is not None:
-                    for i in range(h):
-                        d_rows.addmm_(by_head[i], weight[:, i].t())
+        # In the memory of the operands, which are done with.
+        d_columns = projections.gradients(d_q, d_k, d_v)
+        if d_rows is not None:
+            # Part by part, and added when complete: shorter sums round less.
+            parts = (t.split(n_columns, 1) for t in (d_columns, projections.matrix))
+            for d_part, part in zip(*parts, strict=True):
+                d_rows.add_(torch.mm(d_part, part.t()))
+        if needs & NEED_SCORES or (needs & NEED_VALUES and width.factored):
+            d_projections.add_(_product(rows.t(), d_columns))
+        if needs & NEED_SCORES:
+            d.c.view(-1).add_(d_columns[:, :n_columns].sum(0))
         if d_x is not None and d_rows is not None and not in_place:
             d_x[block.rows] = d_rows.view(n, f, e)[:, :, : layout.emb_size]
+    wanted = ((d.a, NEED_SCORES), (d.k, NEED_SCORES), (d.v, NEED_VALUES))
+    for (d_part, needed), d_columns in zip(wanted, d_projections.split(n_columns, 1), strict=False):
+        if needs & needed:
+            d_part.copy_(d_columns.view(d_part.shape))
     if not needs & ~NEED_INPUT:
         return d_x, None
     if needs & NEED_BIAS and mask is None:
