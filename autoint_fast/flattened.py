@@ -104,7 +104,6 @@ class FlattenedInteractingLayer(Fused):
     """
 
     parameter_names = tuple(f"{name}.{kind}" for name in PROJECTIONS for kind in ("weight", "bias"))
-    n_fields: int
     _frozen_dense: _Dense | None = None
 
     def __init__(
@@ -136,6 +135,10 @@ class FlattenedInteractingLayer(Fused):
             projection = getattr(self, name)
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
+
+    @property
+    def _n_fields(self) -> int:  # type: ignore[override]
+        return self.n_fields
 
     def _read(self) -> _Parameters:
         tensors = read_projections(self, PROJECTIONS)

@@ -122,12 +122,12 @@ class Fused(nn.Module):
     Attributes:
         backend: "auto", or the name of the engine to use.
         form: "auto", or "folded" or "factored" to force the form of the weights.
-        n_fields: the number of fields that x must have, if only one will do.
     """
 
     backend: str = "auto"
     form: str = "auto"
-    n_fields: int | None = None
+    # The number of fields that x must have, if only one will do.
+    _n_fields: int | None = None
     # The ten parameters as errors name them.
     parameter_names: Sequence[str] = InteractingParameters._fields
     _frozen: _Folded | None = None
@@ -256,7 +256,7 @@ def why(layer: Fused, x: Tensor, mask: Tensor | None = None) -> dispatch.Why:
     if not isinstance(layer, Fused):
         raise TypeError(f"layer: expected a layer of autoint_fast, got {type(layer).__name__}")
     layout = layer.layout(x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else 1)
-    check_input(x, layout.emb_size, layer.n_fields)
+    check_input(x, layout.emb_size, layer._n_fields)
     check_mask(mask, x)
     # Any parameter will do, while to read a parametrised weight may change its state.
     dtype = check_dtype(x, next(layer.parameters()))

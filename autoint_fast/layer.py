@@ -61,10 +61,9 @@ class InteractingLayer(ReferenceInteractingLayer, Fused):
 
     def layout(self, n_fields: int) -> Layout:
         # The weights need not be read for it.
-        width = self.n_head * self.emb_size
-        return layout_of(
-            self.n_head, width, self.emb_size, self.emb_size, True, "projection", True, n_fields, self.form
-        )
+        h, e = self.n_head, self.emb_size
+        kind = {"merged": e, "has_values": True, "residual": "projection", "relu": True}
+        return layout_of(h, h * e, e, **kind, n_fields=n_fields, form=self.form)
 
     def extra_repr(self) -> str:
         frozen = ", frozen" if self._frozen is not None else ""

@@ -61,9 +61,9 @@ class Accelerated(Fused):
         if not known or self.drops(self):
             return None
         described = self.adapter(self) if self._frozen is None else self._frozen.interaction
-        if isinstance(described, str) or x.shape[2] != described.parameters.w_q.shape[1]:
+        if isinstance(described, str) or (described.dropout and self.training):
             return None
-        return described
+        return described if x.shape[2] == described.parameters.w_q.shape[1] else None
 
     def finish(self, out: Tensor, x: Tensor, interaction: Interaction) -> Tensor:
         """What the module makes of the op's output (B, F, O)."""
@@ -263,13 +263,14 @@ class MultiheadAttention(Accelerated):
         arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if interaction is None:
             return self._original_forward(*arguments)  # type: ignore[no-any-return]
-        weights = None
-        if self.keep_attention and need_weights:
-            out, weights = self.fused(x, check_mask(mask, x), True, interaction)
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            out = self.fused(x, check_mask(mask, x), interaction=interaction)
-        assert isinstance(out, Tensor)
+        keep = self.keep_attention and need_weights
+        try:
+            result = self.fused(x, check_mask(mask, x), keep, interaction)
+        except Misfit:
+            return self._original_forward(*arguments)  # type: ignore[no-any-return]
+        out, weights = result if isinstance(result, tuple) else (result, None)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
         return out if self.batch_first else out.transpose(0, 1), weights
 
 
@@ -331,9 +332,7 @@ CALLERS = MappingProxyType(
 
 
 class Registered(Accelerated):
-    def describe(self, x: Tensor) -> Interaction | None:
-        described = super().describe(x)
-        return None if described is None or (described.dropout and self.training) else described
+    """What accelerates the classes given to `register_adapter`."""
 
 
 _registered: dict[type, type[Accelerated]] = {}

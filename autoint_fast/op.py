@@ -30,20 +30,27 @@ from .weights import (
 )
 
 SECOND_ORDER = (
-    'autoint_fast: a fused engine has no second-order gradients; build the layer with backend="reference" '
+    'autoint_fast: a fused engine has no second-order gradients; give the layer, or accelerate, backend="reference" '
     "to differentiate twice (gradient penalties, torch.autograd.functional.hessian)"
 )
 
-PROXY = torch._C._TorchDispatchModeKey.PROXY
 BATCHED = (
-    "autoint_fast: a fused engine cannot differentiate under vmap (is_grads_batched, torch.func.vmap); build the layer "
-    'with backend="reference" for that'
+    "autoint_fast: a fused engine cannot differentiate under vmap (is_grads_batched, torch.func.vmap); give the layer, "
+    'or accelerate, backend="reference" for that'
 )
+
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def _as_stored(t: Tensor) -> Tensor:
     """t with its values in memory, for kernels that read them there: those of `t.conj().imag`, say, are negated."""
     return t.resolve_neg() if t.is_neg() else t
+
+
+def _fold(
+    p: InteractingParameters, layout: Layout, scale: float, backend: str, folding: Callable[[], Tensor] | None
+) -> Tensor:
+    return ENGINES[backend].fold(p, layout, scale) if folding is None else folding()
 
 
 def _fold_backward(
@@ -121,10 +128,9 @@ class _Interact(torch.autograd.Function):
         needs: int,
         *parameters: Tensor | None,
     ) -> Tensor:
-        if packed is None and folding is not None:
-            packed = folding()
-        elif packed is None:
-            packed = ENGINES[backend].fold(InteractingParameters(*parameters), layout, scale)  # type: ignore[arg-type]
+        if packed is None:
+            p = InteractingParameters(*parameters)  # type: ignore[arg-type]
+            packed = _fold(p, layout, scale, backend, folding)
         out = interact_constant(x, packed, layout, mask, backend)
         # Only relu's gradient asks for the output; without it, it is the caller's to change in place.
         ctx.save_for_backward(x, packed, mask, out if layout.relu else None, *parameters)
@@ -345,5 +351,5 @@ def interact(
     if needs:
         return _Interact.apply(x, packed, folding, mask, layout, scale, backend, needs, *p)
     if packed is None:
-        packed = ENGINES[backend].fold(p, layout, scale)
+        packed = _fold(p, layout, scale, backend, folding)
     return interact_constant(x, packed, layout, mask, backend)

@@ -92,9 +92,8 @@ class PaperInteractingLayer(Fused):
 
     def layout(self, n_fields: int) -> Layout:
         # The weights need not be read for it.
-        return layout_of(
-            self.n_head, self.att_size, self.emb_size, None, True, self.residual, True, n_fields, self.form
-        )
+        kind = {"merged": None, "has_values": True, "residual": self.residual, "relu": True}
+        return layout_of(self.n_head, self.att_size, self.emb_size, **kind, n_fields=n_fields, form=self.form)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, return_attention: bool = False

@@ -31,9 +31,9 @@ _STATE = ("backend", "keep_attention", "form", "_frozen", "_last")
 class Replaced:
     """A module that was replaced.
 
-    name: in the model, "" for the model itself. kind: the qualified name of its class. engine: what runs it, "nothing"
-    where the backend asked for cannot run here. form: of the weights, with the rank of a head. notes: calls that are
-    left to the original code.
+    name: in the model, "" for the model itself. kind: the qualified name of its class. engine: what runs it, or that
+    nothing does where the backend asked for cannot run here. form: of the weights, with the rank of a head. notes:
+    calls that are left to the original code.
     """
 
     name: str
@@ -177,7 +177,7 @@ def _describe(
 ) -> Interaction | str:
     """What the module computes, or why it is left alone."""
     if isinstance(module, Accelerated):
-        return f"accelerated already, backend={module.backend!r}; call restore first for another"
+        return f"accelerated already, backend={module.backend!r}; call restore first for another, or for keep_attention"
     if "forward" in vars(module) or cls.forward is not base.forward:  # type: ignore[attr-defined]
         return f"{cls.__name__} has a forward of its own"
     if family is MultiheadAttention and (why := callers.get(module, _UNKNOWN_CALLER)):

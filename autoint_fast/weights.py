@@ -165,7 +165,8 @@ def choose_layout(interaction: Interaction, n_fields: int, form: str = "auto") -
     """How to compute a layer on samples of so many fields.
 
     form: "auto" folds where that takes fewer operations; "folded" and "factored" force it. (Even where narrow heads
-    do not fill a tile, and folding would be as fast, their own logits are the ones that round least.)
+    do not fill a tile, and folding would be as fast, their own logits are the ones that round least.) Raises
+    ValueError for another.
     """
     p = interaction.parameters
     merged = None if p.w_o is None else p.w_o.shape[0]
@@ -191,6 +192,8 @@ def layout_of(
     form: str,
 ) -> Layout:
     """`choose_layout` by what it asks of a layer: heads, the shape of w_q, the rows of w_o, whether there is a w_v."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     end = (RESIDUALS.index(residual), int(relu))
     # Of concatenated heads only folding leaves something to multiply by: the projection of their values.
     output = MERGED if merged is not None else CONCATENATED if has_values else BARE

@@ -246,9 +246,9 @@ def _parallel() -> int:
 
 
 def _threads(operations: float) -> int:
-    return (
-        1 if operations < THREAD_OPERATIONS else min(torch.get_num_threads(), 1 + int(operations / THREAD_OPERATIONS))
-    )
+    if operations < THREAD_OPERATIONS:
+        return 1
+    return min(torch.get_num_threads(), 1 + int(operations / THREAD_OPERATIONS))
 
 
 def _address(t: Tensor) -> int:
@@ -307,7 +307,7 @@ def _fold_arguments(p: InteractingParameters, layout: Layout, scale: float) -> t
             if t.numel() != size or t.is_neg():
                 return None
         addresses.append(address)
-    return (1, *layout, w_q.shape[0] // layout.n_head, scale, *addresses, *itertools.chain(*strides))
+    return (1, *layout, rows // layout.n_head, scale, *addresses, *itertools.chain(*strides))
 
 
 def folding(p: InteractingParameters, layout: Layout, scale: float) -> Callable[[], Tensor] | None:

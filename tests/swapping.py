@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +55,31 @@ def _judged(name: str, t: Tensor) -> Tensor:
         q, _, v = t.chunk(3)
         return torch.cat((q, v))
     return torch.zeros_like(t) if name.endswith("w_ks.bias") else t
+
+
+class Stack(nn.Module):
+    """As torchfm's model calls its attention, and as others with `batch_first` do."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        made = (nn.MultiheadAttention(8, 2, **options) for _ in range(2))
+        self.self_attns = nn.ModuleList(made)
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        first = self.self_attns[0].batch_first
+        term = x if first else x.transpose(0, 1)
+        for attention in self.self_attns:
+            term, _ = attention(term, term, term, **options)
+        return term if first else term.transpose(0, 1)
+
+
+# Known by its qualified name alone.
+Stack.__module__, Stack.__qualname__ = "torchfm.model.afi", "AutomaticFeatureInteractionModel"
+
+
+def torchfm_model(**options: Any) -> Stack:
+    stack = Stack(**options)
+    for p in stack.parameters():
+        # Biases too count for something.
+        nn.init.normal_(p, std=0.5)
+    return stack

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoint_fast import interacting_reference, op
+from autoint_fast import InteractingLayer, interacting_reference, op
 from autoint_fast.dispatch import ENGINES
 from autoint_fast.reference import interaction_reference
 from autoint_fast.validation import check_parameters
@@ -268,3 +268,10 @@ def test_the_plain_layer_is_one_of_them() -> None:
     torch.testing.assert_close(interaction_reference(x, interaction)[0], expected, rtol=0, atol=0)
     assert choose_layout(interaction, 5) == Layout(2, 8, 8, 8)
     assert folded_dtype(torch.bfloat16) == torch.float32
+
+
+def test_a_form_there_is_none_of() -> None:
+    layer = InteractingLayer(2, 8, backend="torch")
+    layer.form = "fold"
+    with pytest.raises(ValueError, match="form: expected one of auto, folded, factored, got 'fold'"):
+        layer(torch.randn(2, 5, 8))
