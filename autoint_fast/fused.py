@@ -62,20 +62,20 @@ def _laid_out(piece: Tensor, like: Tensor) -> Tensor:
 class _LastCall:
     """What a layer's last call found out about its parameters, so that the next need not find it out again.
 
-    It keeps no parameter alive.
+    It keeps no parameter alive but those of a frozen layer, which are constant.
     """
 
-    def __init__(self, interaction: Interaction) -> None:
-        self.kind = _kind(interaction)
-        self.memory = _memory(interaction.parameters)
+    def __init__(self, interaction: Interaction, is_constant: bool) -> None:
+        self.constant = interaction if is_constant else None
+        self.seen = _seen(interaction)
         # What `choose` was asked, and its answer; the folded weights, and what tells whether they still hold. Each is
         # replaced as a whole, as another thread may be asking for something else.
         self.chosen: tuple[tuple[Any, ...], tuple[Layout, str, Callable[[], Tensor] | None]] | None = None
         self.folded: tuple[_Folded, Callable[[], bool]] | None = None
 
     def holds(self, interaction: Interaction) -> bool:
-        """Whether the parameters lie where they lay, in the same shape: then only their values can be others."""
-        return self.kind == _kind(interaction) and self.memory == _memory(interaction.parameters)
+        """Whether the layer is what it was, and its parameters lie where they lay: then only their values can differ."""
+        return interaction is self.constant or self.seen == _seen(interaction)
 
     def choose(
         self, interaction: Interaction, n_fields: int, dtype: torch.dtype, backend: str, form: str
@@ -102,16 +102,12 @@ class _LastCall:
         return folded[0].weights(layout, backend)
 
 
-def _kind(interaction: Interaction) -> tuple[Any, ...]:
-    return interaction.n_head, interaction.scale, interaction.residual, interaction.relu
-
-
-def _memory(p: InteractingParameters) -> tuple[Any, ...]:
-    """Where the parameters lie, and how; their dtype is one, as `check_parameters` has seen."""
-    present = [t for t in p if t is not None]
-    matrices = [t for t in p[::2] if t is not None]
-    addresses, sizes = list(map(Tensor.data_ptr, present)), list(map(Tensor.size, present))
-    return p.w_q.dtype, addresses, sizes, list(map(Tensor.stride, matrices))
+def _seen(interaction: Interaction) -> tuple[Any, ...]:
+    """What a layer is but for the values of its parameters; their dtype is one, as `check_parameters` has seen."""
+    p = interaction.parameters
+    # Of a contiguous tensor that fits a layer of this width, the number of elements tells the shape, which is slower.
+    places = [t if t is None else (t.data_ptr(), t.numel(), t.is_contiguous() or (t.shape, t.stride())) for t in p]
+    return interaction.n_head, interaction.scale, interaction.residual, interaction.relu, p.w_q.dtype, places
 
 
 class Fused(nn.Module):
@@ -164,21 +160,22 @@ class Fused(nn.Module):
         if inside is None and not op.through_library(x, p.w_q):
             last = self._last
             if last is None or not last.holds(interaction):
-                last, is_new = _LastCall(interaction), True
+                last, is_new = _LastCall(interaction, frozen is not None), True
         if last is None or is_new:
             if frozen is None:
                 check_parameters(interaction, self.parameter_names)
-            if x.shape[2] != p.w_q.shape[1]:
-                raise ValueError(f"x: expected the width of the layer's weights, {p.w_q.shape[1]}, got {x.shape[2]}")
         dtype = check_dtype(x, p.w_q)
         if is_new:
             self._last = last
         folding = None
+        _, n_fields, width = x.shape
         if last is not None:
-            layout, backend, folding = last.choose(interaction, x.shape[1], dtype, self.backend, self.form)
+            layout, backend, folding = last.choose(interaction, n_fields, dtype, self.backend, self.form)
         else:
             device_type = x.device.type
-            layout, backend = _choose(interaction, device_type, x.shape[1], dtype, self.backend, self.form, inside)
+            layout, backend = _choose(interaction, device_type, n_fields, dtype, self.backend, self.form, inside)
+        if width != layout.emb_size:
+            raise ValueError(f"x: expected the width of the layer's weights, {layout.emb_size}, got {width}")
         if backend == "reference":
             out, attention = interaction_reference(x, interaction, mask)
             return (out, attention.transpose(0, 1)) if return_attention else out
