@@ -74,7 +74,7 @@ class _LastCall:
         self.folded: tuple[_Folded, Callable[[], bool]] | None = None
 
     def holds(self, interaction: Interaction) -> bool:
-        """Whether the layer is what it was, and its parameters lie where they lay: then only their values can differ."""
+        """Whether the layer is what it was, and its parameters lie where they lay: then only values can differ."""
         return interaction is self.constant or self.seen == _seen(interaction)
 
     def choose(
@@ -161,9 +161,8 @@ class Fused(nn.Module):
             last = self._last
             if last is None or not last.holds(interaction):
                 last, is_new = _LastCall(interaction, frozen is not None), True
-        if last is None or is_new:
-            if frozen is None:
-                check_parameters(interaction, self.parameter_names)
+        if (last is None or is_new) and frozen is None:
+            check_parameters(interaction, self.parameter_names)
         dtype = check_dtype(x, p.w_q)
         if is_new:
             self._last = last

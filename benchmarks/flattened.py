@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as nnf
@@ -18,6 +19,7 @@ from autoint_fast.dispatch import BACKENDS
 from . import command
 from .cases import FORWARD, MODES, SHAPES, threads_for
 from .command import at_least
+from .parity import compare
 from .report import number, ratio
 from .timing import clock_for, on_threads, quantiles, race
 
@@ -41,8 +43,7 @@ class UnfusedFlattenedLayer(nn.Module):
         return nnf.relu(self.fc_out(torch.cat(heads, dim=1)) + self.fc_res(x.flatten(1)))
 
 
-def steps(
-    batch: int,
+def modules(
     fields: int,
     emb_size: int,
     n_head: int,
@@ -51,35 +52,53 @@ def steps(
     backend: str = "auto",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Callable[[], object]]:
-    """By name, one call as it is timed: without gradients, or with those of the input and of all parameters.
-
-    The unfused layer, ours on `backend`, and without gradients ours frozen, all with the same weights and input.
-    """
+) -> dict[str, nn.Module]:
+    """By name, the unfused layer, ours on `backend`, and without gradients ours frozen, all with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = FlattenedInteractingLayer(fields, emb_size, n_head, backend=backend).to(device, dtype)
-        x = torch.randn(batch, fields, emb_size).to(device, dtype)
     contestants = {UNFUSED: UnfusedFlattenedLayer(layer), "ours": layer}
     if mode == FORWARD:
         frozen = FlattenedInteractingLayer(fields, emb_size, n_head, backend=backend).to(device, dtype).eval()
         frozen.load_state_dict(layer.state_dict())
         contestants["ours, frozen"] = frozen.freeze()
-    else:
-        x.requires_grad_()
-    leaves, grad = [x, *layer.parameters()], torch.randn_like(x).flatten(1).detach()
+    return contestants
 
-    def step(module: nn.Module) -> Callable[[], object]:
-        def forward() -> object:
-            with torch.no_grad():
-                return module(x)
 
-        def training() -> object:
-            return torch.autograd.grad(module(x), leaves, grad)
+def step(module: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+    """One call as it is timed: without gradients, or with those of the input and of all parameters."""
+    leaves, grad = [x.requires_grad_(mode != FORWARD), *module.parameters()], torch.randn_like(x).flatten(1)
 
-        return forward if mode == FORWARD else training
+    def forward() -> object:
+        with torch.no_grad():
+            return module(x)
 
-    return {name: step(module) for name, module in contestants.items()}
+    def training() -> object:
+        return torch.autograd.grad(module(x), leaves, grad)
+
+    return forward if mode == FORWARD else training
+
+
+def violations(contestants: Mapping[str, nn.Module], x: Tensor, mode: str) -> dict[str, str]:
+    """By name, what breaks the rule of parity.py, in words; truth is the unfused layer in float64."""
+    plain = contestants[UNFUSED]
+    everyone = {"": copy.deepcopy(plain).double(), **contestants}
+    with torch.set_grad_enabled(mode != FORWARD):
+        leaves = {name: x.detach().to(next(m.parameters()).dtype).requires_grad_() for name, m in everyone.items()}
+        outs = {name: module(leaves[name]) for name, module in everyone.items()}
+    results = {name: {"out": out} for name, out in outs.items()}
+    if mode != FORWARD:
+        # A relu that changes sides near zero changes a gradient by whole units in correct code.
+        certain = torch.stack([(out > 0).eq(outs[""] > 0) for out in outs.values()]).all(0)
+        grad = torch.randn_like(outs[UNFUSED]).masked_fill(~certain, 0.0)
+        for name, module in everyone.items():
+            names, parameters = zip(*module.named_parameters(), strict=True)
+            grads = torch.autograd.grad(outs[name], [leaves[name], *parameters], grad.to(outs[name].dtype))
+            results[name] |= dict(zip(("gradient of x", *names), grads, strict=True))
+            # Of the keys' bias it is rounding noise around zero, which has no scale to be judged on.
+            results[name].pop("w_ks.bias", None)
+    broken = {name: compare(results[name], [results[UNFUSED]], results[""]) for name in contestants}
+    return {name: reason for name, reason in broken.items() if reason}
 
 
 def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
@@ -91,7 +110,8 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
     parser.add_argument("--threads", type=at_least(1, int), metavar="N", help="CPU threads")
     parser.add_argument("--seconds", type=at_least(0.0, float), default=5.0, metavar="S", help="of timing per case")
     options = parser.parse_args(arguments)
-    console, _ = command.consoles()
+    console, errors = command.consoles()
+    wrong = False
     table = Table(title="medians of interleaved rounds", box=box.SIMPLE_HEAD, title_justify="left")
     for name in ("case", "mode", "layer", "ms", "x"):
         table.add_column(name, justify="right" if name in ("ms", "x") else "left", no_wrap=True)
@@ -99,7 +119,12 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
         for batch in options.batch:
             shape = options.shape
             with on_threads(threads_for(batch, options.threads)):
-                taking_part = steps(batch, *shape[1:], mode, backend=options.backend, device=options.device)
+                contestants = modules(*shape[1:], mode, backend=options.backend, device=options.device)
+                x = torch.randn(batch, shape.fields, shape.emb_size, device=options.device)
+                for name, reason in violations(contestants, x, mode).items():
+                    wrong = True
+                    errors.print(f"{name}, {mode}, B = {batch:,}: WRONG: {reason}", style="red")
+                taking_part = {name: step(module, x, mode) for name, module in contestants.items()}
                 samples = race(taking_part, clock_for(options.device), seconds=options.seconds)
             medians = {name: quantiles(seconds).p50 for name, seconds in samples.items()}
             for name, median in medians.items():
@@ -108,4 +133,4 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
                 table.add_row(case, mode, name, number(median * 1e3), ratio(faster))
             table.add_section()
     console.print(table)
-    return 0
+    return int(wrong)

@@ -41,7 +41,7 @@ def violation(contestant: Contestant, case: Case, bout: Bout) -> str:
         return f"out: expected {_kind(bout.x)}, got {_kind(whole)}"
     out = whole.detach()[samples]
     if not case.training:
-        return _compare({"out": out}, [{"out": run.out} for run in plain], {"out": exact.out})
+        return compare({"out": out}, [{"out": run.out} for run in plain], {"out": exact.out})
 
     # A relu that changes sides near zero changes a gradient by whole units in correct code.
     certain = torch.stack([(run.out > 0).eq(exact.out > 0) for run in plain]).all(0) & (out > 0).eq(exact.out > 0)
@@ -49,7 +49,7 @@ def violation(contestant: Contestant, case: Case, bout: Bout) -> str:
     grad = torch.randn(out.shape, generator=draw).to(out).masked_fill(~certain, 0.0)
     whole_grad = torch.zeros_like(whole).index_copy_(0, samples, grad)
     d_x, *d_parameters = torch.autograd.grad(whole, [bout.x, *bout.module.parameters()], whole_grad)
-    return _compare(
+    return compare(
         _named(out, [d_x[samples], *contestant.arrange(d_parameters)]),
         [_named(run.out, run.differentiate(grad)) for run in plain],
         _named(exact.out, exact.differentiate(grad.double())),
@@ -84,7 +84,8 @@ def _named(out: Tensor, grads: Sequence[Tensor]) -> dict[str, Tensor]:
     return tensors | ({"gradient of the biases": torch.cat(biases)} if biases else {})
 
 
-def _compare(got: Mapping[str, Tensor], plain: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> str:
+def compare(got: Mapping[str, Tensor], plain: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> str:
+    """The first tensor of `got` that breaks the rule, in words; "" where all keep it."""
     for name, truth in exact.items():
         if broken := _broken(got[name], [run[name] for run in plain], truth):
             return f"{name}: {broken}"

@@ -459,9 +459,23 @@ def test_bad_calls() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_unfused_layer_is_the_same_layer(mode: str) -> None:
+    modules = benchmark.modules(5, 6, 2, mode, backend="torch", dtype=torch.float64)
+    assert len(modules) == (2 if mode == MODES[1] else 3)
     for batch in (3, 40):
-        steps = benchmark.steps(batch, 5, 6, 2, mode, backend="torch", dtype=torch.float64)
-        results = [step() for step in steps.values()]
-        assert len(results) == (2 if mode == MODES[1] else 3)
-        for result in results[1:]:
-            torch.testing.assert_close(result, results[0], rtol=0, atol=1e-12)
+        x, draws = torch.randn(batch, 5, 6, dtype=torch.float64), []
+        for module in modules.values():
+            torch.manual_seed(1)
+            draws.append(benchmark.step(module, x, mode)())
+        for result in draws[1:]:
+            torch.testing.assert_close(result, draws[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_benchmark_sees_wrong_numbers(mode: str) -> None:
+    modules, x = benchmark.modules(5, 6, 2, mode, backend="torch"), torch.randn(40, 5, 6)
+    assert benchmark.violations(modules, x, mode) == {}
+    ours, changed = modules["ours"], copy.deepcopy(modules["ours"])
+    with torch.no_grad():
+        changed.w_vs.weight[0, 0] += 1e-3
+    assert set(benchmark.violations({**modules, "ours": changed}, x, mode)) == {"ours"}
+    assert benchmark.violations({**modules, "ours": ours}, x, mode) == {}

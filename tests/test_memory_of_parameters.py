@@ -65,6 +65,18 @@ def test_transposed_in_place_and_back(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_spread_in_place(backend: str) -> None:
+    """At the same address and of the same length: as every other element of its memory, or its first throughout."""
+    memory, x = torch.randn(32), torch.randn(4, 5, 8)
+    for spread in (memory[::2], memory[:1].expand(16)):
+        layer = InteractingLayer(2, 8, backend=backend)
+        layer.w_qs.bias.data = memory[:16]
+        assert_current(layer, x)
+        layer.w_qs.bias.data = spread
+        assert_current(layer, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_another_kind_of_layer_with_the_same_parameters(backend: str) -> None:
     layer, x = PaperInteractingLayer(8, 16, 2, backend=backend), torch.randn(4, 5, 8)
     for name, value in (("scale", 0.3), ("n_head", 4), ("n_head", 2), ("scale", 1.0)):
@@ -118,3 +130,17 @@ def test_a_bias_behind_concatenated_heads(backend: str) -> None:
     torch.testing.assert_close(expected, torch.relu(plain + b_o))
     got = op.interact(x, interaction, choose_layout(interaction, 5), None, backend)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_x_of_another_width_after_a_call(backend: str) -> None:
+    """Where the caller has not checked it, as an adapter of somebody's need not."""
+    layer = InteractingLayer(2, 8, backend=backend)
+    for frozen in (False, True):
+        if frozen:
+            layer.eval().freeze()
+        for grad in (False, False, True):
+            with torch.set_grad_enabled(grad):
+                layer.fused(torch.randn(4, 5, 8))
+                with pytest.raises(ValueError, match="x: expected the width of the layer's weights, 8, got 6"):
+                    layer.fused(torch.randn(4, 5, 6))
