@@ -228,13 +228,19 @@ INLINE Element to_element(Real value) {
     return Element((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 #elif AUTOINT_T == 3
+#if defined(__ARM_FP16_FORMAT_IEEE)
+// GCC has _Float16 in C++ from 13 on only.
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
 INLINE Real to_real(Element t) {
-    _Float16 value;
+    Half value;
     std::memcpy(&value, &t, 2);
     return Real(value);
 }
 INLINE Element to_element(Real value) {
-    _Float16 half = _Float16(value);
+    Half half = Half(value);
     Element t;
     std::memcpy(&t, &half, 2);
     return t;
