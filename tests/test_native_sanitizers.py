@@ -427,6 +427,7 @@ def test_odd_shapes_optimised(variant: Variant, tmp_path: Path) -> None:
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which(ARM_COMPILER) or not shutil.which(ARM_EMULATOR), reason=f"needs {ARM_COMPILER} and {ARM_EMULATOR}"
 )
