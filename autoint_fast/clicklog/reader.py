@@ -35,9 +35,9 @@ CRITEO_NUMERIC = tuple(f"I{i}" for i in range(1, 14))
 CRITEO_CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
 CRITEO = (CRITEO_LABEL, *CRITEO_NUMERIC, *CRITEO_CATEGORICAL)
 
-# About 70,000 rows of Criteo's log; also the longest row that can be read.
-CHUNK_BYTES = 16 << 20
-CHUNK_ROWS = 1 << 16
+# About 35,000 rows of Criteo's log; also the longest row that can be read.
+CHUNK_BYTES = 8 << 20
+CHUNK_ROWS = 1 << 15
 COMPRESSIONS = MappingProxyType({".gz": "gzip", ".zst": "zstd"})
 ENDINGS = MappingProxyType({".csv": "csv", ".parquet": "parquet", ".tsv": "criteo", ".txt": "criteo"})
 
@@ -138,10 +138,16 @@ def read(
             rows = _well_formed(path, chunk, columns, label_required, malformed)
             if len(rows):
                 yield rows
-    except pa.ArrowKeyError as error:
-        raise ValueError(f"{path}: {error.args[0]}") from None
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    except pa.ArrowException as error:
+        what = " ".join(str(error).split())
+        if "straddling" in what:
+            what = f"expected rows of up to {CHUNK_BYTES:,} bytes, got a longer one"
+        raise ValueError(f"{path}: {what}") from None
+    except OSError as error:
+        # Arrow's own, of compressed files.
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from None
+        raise
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -170,8 +176,6 @@ def _parquet(
 def _text(
     path: Path, columns: Columns, format: str | None, label_required: bool, advance: Callable[[int], None]
 ) -> Iterator[_Chunk]:
-    if not path.stat().st_size:
-        return
     names, header = _names(path, format, label_required)
     needed = _needed(path, columns, names, label_required)
     skipped: list[tuple[int, str]] = []
@@ -183,7 +187,7 @@ def _text(
     next_number = 2 if header else 1
     with pa.OSFile(str(path)) as raw:
         position = 0
-        for batch in _open(path, raw, not header, None if header else names, needed, skip):
+        for batch in _open(path, raw, not header, None if header else names, needed, skip) or ():
             # The i-th skipped row came after the j-th of the others just when its number less i is greater than j's
             # would be without any skipped.
             numbers = np.arange(next_number, next_number + len(batch))
@@ -205,9 +209,11 @@ def _names(path: Path, format: str | None, label_required: bool) -> tuple[list[s
         return list(CRITEO), False
     with pa.OSFile(str(path)) as raw:
         first = _open(path, raw, criteo, column_names=None)
-    if not criteo:
-        return first.schema.names, True
-    return list(CRITEO if len(first.schema) != len(CRITEO) - 1 else CRITEO[1:]), False
+    if criteo:
+        return list(CRITEO[1:] if first and len(first.schema) == len(CRITEO) - 1 else CRITEO), False
+    if first is None:
+        raise ValueError(f"{path}: expected a header, got an empty file")
+    return first.schema.names, True
 
 
 def _needed(path: Path, columns: Columns, names: Sequence[str], label_required: bool) -> list[str]:
@@ -227,12 +233,15 @@ def _open(
     column_names: Sequence[str] | None,
     needed: Sequence[str] = (),
     skip: Callable[[pyarrow.csv.InvalidRow], str] = lambda row: "skip",
-) -> pyarrow.csv.CSVStreamingReader:
-    """needed: the columns to read, all of them for none."""
+) -> pyarrow.csv.CSVStreamingReader | None:
+    """None for an empty file. needed: the columns to read, all of them for none."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     stream = pa.CompressedInputStream(raw, compression) if compression else raw
+    text = _Utf8(stream)
+    if text.empty:
+        return None
     return pyarrow.csv.open_csv(
-        pa.PythonFile(_Utf8(stream), mode="r"),
+        pa.PythonFile(text, mode="r"),
         # Numbers of rows are known on one thread only.
         read_options=pyarrow.csv.ReadOptions(
             use_threads=False,
@@ -260,27 +269,43 @@ def _open(
 
 
 class _Utf8:
-    """A stream in which bytes that are no UTF-8 are U+FFFD: Arrow shows malformed rows as text, and stops otherwise."""
+    """A stream as UTF-8 whose last line is ended.
+
+    What is no UTF-8 is U+FFFD: Arrow shows malformed rows as text, and stops where they are none.
+    """
 
     closed = False
 
     def __init__(self, stream: pa.NativeFile) -> None:
         self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8")("replace")
-        self._ready = b""
+        self._ready = self._next(1)
+        self._ended = self.empty = not self._ready
+        self._last = self._ready[-1:]
 
     def read(self, size: int) -> bytes:
         """Fewer bytes than asked for at the end only, and never more."""
-        ended = False
-        while len(self._ready) < size and not ended:
-            block = self._stream.read(size - len(self._ready))
-            ended = not block
-            plain = block.isascii() and not self._decoder.getstate()[0]
-            self._ready += block if plain else self._decoder.decode(block, ended).encode()
+        while len(self._ready) < size and not self._ended:
+            more = self._next(size - len(self._ready))
+            if not more:
+                self._ended = True
+                more = b"" if self._last in b"\r\n" else b"\n"
+            self._ready += more
+            self._last = more[-1:]
         found, self._ready = self._ready[:size], self._ready[size:]
         return found
 
     def close(self) -> None:
         self.closed = True
+
+    def _next(self, size: int) -> bytes:
+        """About as much, and nothing at the end only."""
+        while True:
+            block = self._stream.read(size)
+            if block.isascii() and block and not self._decoder.getstate()[0]:
+                return block
+            text = self._decoder.decode(block, not block)
+            if text or not block:
+                return text.encode()
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -339,11 +364,11 @@ def _complaint(chunk: _Chunk, row: int, wrong: Sequence[tuple[np.ndarray, str, s
 
 def _category(path: Path, name: str, column: pa.Array) -> Category:
     """What is empty or no number is missing."""
+    if pa.types.is_nested(_kind(column)):
+        raise ValueError(f"{path}: column {name!r}: expected numbers, text or dates, got {_kind(column)}")
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     values = column.dictionary
-    if pa.types.is_nested(values.type):
-        raise ValueError(f"{path}: column {name!r}: expected numbers, text or dates, got {values.type}")
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), None, values)
     if not pa.types.is_binary(values.type):
@@ -383,7 +408,7 @@ def _parsed(values: pa.Array) -> np.ndarray:
 
 
 def _times(path: Path, name: str, column: pa.Array) -> tuple[np.ndarray, bool]:
-    """(n,) float64, NaN for what is missing or no time, and whether they are dates. Raises ValueError for both kinds."""
+    """(n,) float64, NaN for what is missing or no time, and whether they are dates. Raises ValueError for both."""
     kind = _kind(column)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         column = pc.cast(column, pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
