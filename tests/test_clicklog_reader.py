@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from autoint_fast.clicklog import reader
 from autoint_fast.clicklog.reader import CRITEO, CRITEO_CATEGORICAL, CRITEO_NUMERIC, Columns, Malformed, read
 
-from .clicklogs import COMPRESSED, HEADER, compress, criteo_line, csv_text, read_all, write_lines
+from .clicklogs import COLUMNS, COMPRESSED, HEADER, compress, criteo_line, csv_text, read_all, write_lines
 
 ALL_CRITEO = Columns("label", CRITEO_CATEGORICAL, CRITEO_NUMERIC)
 # The smallest chunks that rows of tests fit into, so that there are many.
