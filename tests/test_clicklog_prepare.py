@@ -510,21 +510,29 @@ def test_bad_arguments(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.tsv"]
 
 
+def test_a_single_path_is_no_sequence(tmp_path: Path, log: Path) -> None:
+    prepare([log], tmp_path / "out")
+    for path in (log, str(log)):
+        with pytest.raises(TypeError, match="files: expected a sequence of paths, got "):
+            prepare(path, tmp_path / "other")
+        with pytest.raises(TypeError, match="files: expected a sequence of paths, got "):
+            next(Encoder.load(tmp_path / "out").batches(path, 10))
+
+
 # --- full disks and kills ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [0, 100, 5_000, 40_000, 70_000])
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, log: Path, limit: int) -> None:
     """At any size of a file, as a limit on it stands in for the disk's."""
-    prepare([log], tmp_path / "old", minimum_count=1)
+    prepare([log], tmp_path / "old", minimum_count=2)
     before = contents(tmp_path / "old")
-    assert max(map(len, before.values())) > 70_000
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         for name in ("old", "new"):
             with pytest.raises(OSError) as raised:
-                prepare([log], tmp_path / name, minimum_count=2, force=True, memory=1 if limit == 100 else 1 << 30)
+                prepare([log], tmp_path / name, minimum_count=1, force=True, memory=1 if limit == 100 else 1 << 30)
             assert raised.value.errno == errno.EFBIG
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

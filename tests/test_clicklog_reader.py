@@ -251,6 +251,18 @@ def test_a_row_beyond_any_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_all(path, ALL_CRITEO)
 
 
+def test_a_file_of_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log of another format is not read to its end."""
+    monkeypatch.setattr(reader, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(reader, "MOST_SKIPPED", 1000)
+    path = write_lines(tmp_path / "log.tsv", [criteo_line("1")] + ["1,2,3"] * 1001)
+    with pytest.raises(ValueError, match=f"{path}: expected rows of 40 columns, got 1,000 others, the last of 1"):
+        read_all(path, ALL_CRITEO)
+    write_lines(path, ([criteo_line("1")] + ["1,2,3"] * 300) * 9)
+    malformed = Malformed()
+    assert len(read_all(path, ALL_CRITEO, malformed)) == 9 and malformed.count == 2700
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

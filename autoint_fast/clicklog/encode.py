@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from .reader import Columns, Malformed, Rows, read
+from .reader import Columns, Malformed, Rows, check_files, read
 from .schema import SCHEMA_FILE, TRANSFORMS, Schema
 from .shards import Batch
 from .vocabulary import VOCABULARY_FILE, Vocabulary
@@ -59,6 +59,7 @@ class Encoder:
         ValueError for one that is no such log or lacks a column, and for the first malformed row: a prediction for
         each row is what they are read for.
         """
+        check_files(files)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         columns = Columns(self.schema.label, self.schema.categorical, self.schema.numeric)

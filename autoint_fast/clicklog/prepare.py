@@ -23,7 +23,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .encode import Encoder, ahead, take
-from .reader import CRITEO_CATEGORICAL, CRITEO_LABEL, CRITEO_NUMERIC, Columns, Malformed, Rows, format_of, read
+from .reader import (
+    CRITEO_CATEGORICAL,
+    CRITEO_LABEL,
+    CRITEO_NUMERIC,
+    Columns,
+    Malformed,
+    Rows,
+    check_files,
+    format_of,
+    read,
+)
 from .schema import FORMATS, SCHEMA_FILE, TRANSFORMS, Schema
 from .shards import MANIFEST_FILE, SHARD_ROWS, SPLITS, ShardWriter, write_manifest
 from .vocabulary import Counter, Vocabulary, hash_values, mix
@@ -97,6 +107,7 @@ def prepare(
     `out` appears whole, or not at all: after an error, a full disk or a kill, what was there is there. Raises
     ValueError for bad arguments and files, OSError where a file cannot be read or written or `out` is there already.
     """
+    check_files(files)
     files, out = [Path(file) for file in files], Path(os.path.realpath(out))
     if split not in SPLIT_BY:
         raise ValueError(f"split: expected one of {', '.join(SPLIT_BY)}, got {split!r}")
@@ -143,9 +154,7 @@ def _columns(
     numeric: Sequence[str] | None,
     time_column: str | None,
 ) -> Columns:
-    """The columns to read. Raises ValueError for no file or one of an unknown format, TypeError for a name's."""
-    if not files:
-        raise ValueError("files: expected at least one, got none")
+    """The columns to read. Raises ValueError for a file of an unknown format, TypeError for one name for several."""
     for name, value in (("categorical", categorical), ("numeric", numeric)):
         if isinstance(value, str):
             raise TypeError(f"{name}: expected a sequence of names, got {value!r}")

@@ -46,6 +46,8 @@ NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"
 LARGEST = float(np.finfo(np.float32).max)
 EXAMPLES = 20
 SHOWN = 40
+# Rows of another number of columns one after another, beyond which a file is taken for no such log.
+MOST_SKIPPED = 1 << 20
 
 # Kinds of values that are no text but bytes, text, and numbers.
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
@@ -104,6 +106,14 @@ class Malformed:
                 raise ValueError(self.examples[-1])
 
 
+def check_files(files: Sequence[str | os.PathLike[str]]) -> None:
+    """`files` are one or more paths. Raises TypeError for a single path, ValueError for none."""
+    if isinstance(files, (str, bytes, os.PathLike)):
+        raise TypeError(f"files: expected a sequence of paths, got {files!r}")
+    if not files:
+        raise ValueError("files: expected at least one, got none")
+
+
 def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
     """The format of a file: the one given, else what its name ends in. Raises ValueError for any other name."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
@@ -142,6 +152,8 @@ def read(
         what = " ".join(str(error).split())
         if "straddling" in what:
             what = f"expected rows of up to {CHUNK_BYTES:,} bytes, got a longer one"
+        elif wrong := re.search("Expected ([0-9]+) columns, got ([0-9]+)", what):
+            what = f"expected rows of {wrong[1]} columns, got {MOST_SKIPPED:,} others, the last of {wrong[2]}"
         raise ValueError(f"{path}: {what}") from None
     except OSError as error:
         # Arrow's own, of compressed files.
@@ -181,12 +193,13 @@ def _text(
     skipped: list[tuple[int, str]] = []
 
     def skip(row: pyarrow.csv.InvalidRow) -> str:
+        if len(skipped) == MOST_SKIPPED:
+            return "error"
         skipped.append((row.number, f"expected {row.expected_columns} columns, got {row.actual_columns}"))
         return "skip"
 
-    next_number = 2 if header else 1
     with pa.OSFile(str(path)) as raw:
-        position = 0
+        next_number, position = 2 if header else 1, 0
         for batch in _open(path, raw, not header, None if header else names, needed, skip) or ():
             # The i-th skipped row came after the j-th of the others just when its number less i is greater than j's
             # would be without any skipped.
@@ -338,7 +351,7 @@ def _well_formed(path: Path, chunk: _Chunk, columns: Columns, label_required: bo
         return Rows(label, numeric, categorical, time, dated)
 
     good = np.ones(n, bool)
-    for rows, _, _ in reversed(wrong):
+    for rows, _, _ in wrong:
         good[rows] = False
     bad = [(number, partial(str, why)) for number, why in chunk.bad]
     for row in np.flatnonzero(~good):
