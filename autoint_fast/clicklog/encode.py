@@ -98,11 +98,6 @@ class Encoder:
         return Batch(torch.from_numpy(categorical), torch.from_numpy(numeric), torch.from_numpy(label))
 
 
-def take(batch: Batch, rows: slice | torch.Tensor) -> Batch:
-    """Some rows of a batch: views for a slice, copies for positions or a mask."""
-    return Batch(*(part[rows] for part in batch))
-
-
 def _split(parts: Sequence[Batch], size: int) -> list[Batch]:
     """The same rows, `size` at a time and the rest."""
     whole = Batch(*(torch.cat(part) for part in zip(*parts, strict=True)))

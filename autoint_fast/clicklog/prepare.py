@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .encode import Encoder, ahead, take
+from .encode import Encoder, ahead
 from .reader import (
     CRITEO_CATEGORICAL,
     CRITEO_LABEL,
@@ -309,7 +308,7 @@ def _encode(log: _Log, assign: Assign, encoder: Encoder, new: Path, shard_rows: 
                 collected.add(column.values, of_value)
             batch, split = encoder.assemble(rows, ids), assign(rows, before)
             for i, writer in enumerate(writers):
-                writer.append(take(batch, torch.from_numpy(np.flatnonzero(split == i))))
+                writer.append(batch, np.flatnonzero(split == i))
     encoder.schema.save(new)
     encoder.vocabulary.save(new, encoder.schema.categorical, [collected.in_order() for collected in values])
     write_manifest(new, {split: writer.rows for split, writer in zip(SPLITS, writers, strict=True)})
