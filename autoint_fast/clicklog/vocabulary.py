@@ -60,16 +60,15 @@ def hash_values(values: pa.Array) -> np.ndarray:
 class Counter:
     """How often each 64-bit key was seen, for several columns.
 
-    Keys are kept sorted, 16 bytes each, and new ones are merged in when they are half as many; where all columns
-    together take more than `limit` bytes, they go to `folder` as sorted runs, which are merged range by range in the
-    end.
+    Keys are kept sorted, 16 bytes each with their counts, and new ones are merged in when they are half as many. Where
+    all columns together take more than `limit` bytes, they go to files in `folder` as sorted runs, which are merged
+    range by range in the end.
     """
 
     def __init__(self, columns: int, folder: str | os.PathLike[str], limit: int = 2 << 30) -> None:
         self._folder, self._limit = Path(tempfile.mkdtemp(dir=folder)), limit
         self._tables = [_Table() for _ in range(columns)]
-        self._runs: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(columns)]
-        self._files = 0
+        self._runs: list[list[Path]] = [[] for _ in range(columns)]
         self.peak_bytes = 0
         """The most that tables and one merge took at a time."""
 
@@ -79,8 +78,7 @@ class Counter:
         table.add(keys, counts)
         used = sum(table.nbytes for table in self._tables)
         if table.overdue or used > self._limit:
-            # The merge sorts what is there into a copy, by an order of as many int64.
-            self.peak_bytes = max(self.peak_bytes, used + table.nbytes * 3 // 2)
+            self.peak_bytes = max(self.peak_bytes, used + 2 * table.nbytes)
             table.merge()
         if used > self._limit and sum(table.nbytes for table in self._tables) > self._limit // 2:
             self._spill()
@@ -89,19 +87,21 @@ class Counter:
         """All keys, in ascending order and each once, with their counts, range by range. Raises OSError."""
         table = self._tables[column]
         table.merge()
-        runs = [*self._runs[column], (table.keys, table.counts)]
+        runs = [*map(_run, self._runs[column]), (table.keys, table.counts)]
         if len(runs) == 1:
             yield runs[0]
             return
-        size = max(self._limit // 64, 1)  # of a range, in keys: what is merged and its copies stay below the limit
+        # Of a range, in keys: what is merged and its copies stay below the limit.
+        size = max(self._limit // 64, 1)
         step = max(size // len(runs), 1)
         bounds = np.sort(np.concatenate([keys[::step] for keys, _ in runs]))[:: len(runs)]
         places = [[0, *np.searchsorted(keys, bounds), len(keys)] for keys, _ in runs]
         for i in range(len(bounds) + 1):
-            parts = [
-                (keys[at[i] : at[i + 1]], n[at[i] : at[i + 1]]) for (keys, n), at in zip(runs, places, strict=True)
-            ]
-            keys, counts = merge([keys for keys, _ in parts], [n for _, n in parts])
+            parts = [slice(at[i], at[i + 1]) for at in places]
+            keys, counts = merge(
+                [keys[part] for (keys, _), part in zip(runs, parts, strict=True)],
+                [counts[part] for (_, counts), part in zip(runs, parts, strict=True)],
+            )
             if len(keys):
                 yield keys, counts
 
@@ -109,16 +109,18 @@ class Counter:
         for table, runs in zip(self._tables, self._runs, strict=True):
             table.merge()
             if len(table.keys):
-                runs.append((self._stored(table.keys), self._stored(table.counts)))
-            table.clear()
+                handle, path = tempfile.mkstemp(dir=self._folder)
+                with open(handle, "wb") as file:
+                    file.write(table.keys.data)
+                    file.write(table.counts.data)
+                runs.append(Path(path))
+                table.clear()
 
-    def _stored(self, array: np.ndarray) -> np.ndarray:
-        """The same array, on disk."""
-        path = self._folder / f"run-{self._files:06d}"
-        self._files += 1
-        with path.open("wb") as file:
-            file.write(array.data)
-        return np.asarray(np.memmap(path, array.dtype, "r"))
+
+def _run(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and counts in a file, mapped."""
+    keys, counts = np.memmap(path, np.uint64, "r").reshape(2, -1)
+    return np.asarray(keys), np.asarray(counts).view(np.int64)
 
 
 class _Table:
@@ -151,10 +153,12 @@ class _Table:
 
 
 def merge(keys: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All keys, in ascending order and each once, and the sums of their counts."""
-    all_keys, all_counts = np.concatenate(keys), np.concatenate(counts)
+    """All keys, in ascending order and each once, and the sums of their counts; copies take twice what these do."""
+    all_keys = np.concatenate(keys)
     order = np.argsort(all_keys)
-    all_keys, all_counts = all_keys[order], all_counts[order]
+    all_keys = all_keys[order]
+    all_counts = np.concatenate(counts)
+    all_counts = all_counts[order]
     del order
     first = np.flatnonzero(np.append(True, all_keys[1:] != all_keys[:-1])[: len(all_keys)])
     if len(first) == len(all_keys):
