@@ -304,11 +304,11 @@ def test_malformed_rows_are_left_out(tmp_path: Path, lines: list[str]) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert (expected.malformed, found.malformed, len(found.examples)) == (0, 200, reader.EXAMPLES)
     assert found.examples[:3] == (
-        f"{path}, row 2: expected 40 columns, got 2",
-        f"{path}, row 3: column 'label': expected 0 or 1, got '2'",
-        f"{path}, row 14: expected 40 columns, got 2",
+        f"{path}, line 2: expected 40 columns, got 2",
+        f"{path}, line 3: column 'label': expected 0 or 1, got '2'",
+        f"{path}, line 14: expected 40 columns, got 2",
     )
-    with pytest.raises(ValueError, match=re.escape(f"{path}, row 2: expected 40 columns, got 2")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: expected 40 columns, got 2")):
         prepare([path], tmp_path / "c", strict=True)
     assert not (tmp_path / "c").exists()
 
@@ -391,7 +391,7 @@ def test_the_format_of_the_schema(tmp_path: Path, log: Path) -> None:
 def test_a_malformed_row_cannot_be_predicted(tmp_path: Path, log: Path) -> None:
     prepare([log], tmp_path / "out")
     path = write_lines(tmp_path / "new.tsv", [criteo_line(), "nonsense"])
-    with pytest.raises(ValueError, match=re.escape(f"{path}, row 2: expected 40 columns, got 1")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: expected 40 columns, got 1")):
         list(Encoder.load(tmp_path / "out").batches([path], 10))
 
 
@@ -412,14 +412,14 @@ def test_memory_is_constant(tmp_path: Path, log: Path, monkeypatch: pytest.Monke
     prepare([log], tmp_path / "out")
     monkeypatch.setattr(reader, "CHUNK_BYTES", 1 << 13)
     chunks = 0
-    well_formed = reader._well_formed
+    rows = reader._rows
 
-    def counted(*arguments: object) -> reader.Rows:
+    def counted(*arguments: object) -> object:
         nonlocal chunks
         chunks += 1
-        return well_formed(*arguments)
+        return rows(*arguments)
 
-    monkeypatch.setattr(reader, "_well_formed", counted)
+    monkeypatch.setattr(reader, "_rows", counted)
     batches = Encoder.load(tmp_path / "out").batches([log], 8)
     next(batches)
     time.sleep(0.1)
@@ -508,6 +508,14 @@ def test_bad_arguments(
     with pytest.raises(error, match=complaint):
         prepare(files, tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.tsv"]
+
+
+def test_files_are_read_twice(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tsv")
+    for path in (tmp_path / "pipe.tsv", tmp_path):
+        with pytest.raises(ValueError, match=f"{path}: expected a file that can be read more than once"):
+            prepare([path], tmp_path / "deep" / "out", format="criteo")
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_single_path_is_no_sequence(tmp_path: Path, log: Path) -> None:
@@ -627,7 +635,7 @@ def check_after_kill(tmp_path: Path, log: Path, old: dict[str, bytes], new: dict
     and leaves nothing of the killed one."""
     out = tmp_path / "out"
     assert not out.exists() or contents(out) in (old, new)
-    with pytest.raises(ValueError, match="nonsense, row 1"):
+    with pytest.raises(ValueError, match="nonsense, line 1"):
         prepare([write_lines(tmp_path / "nonsense", ["?"])], out, format="criteo", strict=True, force=True)
     assert contents(out) in (old, new)
     assert not list(tmp_path.glob(".out.*"))
@@ -661,7 +669,7 @@ def test_the_command(tmp_path: Path, lines: list[str], capsys: pytest.CaptureFix
     assert re.fullmatch(r"1,000 rows in \d+\.\d s, [\d,]+ per second: (.*)", first)
     assert first.endswith(", ".join(f"{n} {split}" for split, n in rows.items()))
     kept = sum(Split(tmp_path / "out", "train").schema.cardinalities) - 26
-    assert rest[:2] == ["1 malformed rows left out:", f"  {path}, row 1001: expected 40 columns, got 1"]
+    assert rest[:2] == ["1 malformed rows left out:", f"  {path}, line 1001: expected 40 columns, got 1"]
     assert rest[2].startswith(f"26 categorical columns: {kept:,} values with an id, of ")
     assert rest[3:] == ["13 numeric columns: log-squared", str(tmp_path / "out")]
     assert "counting" in streams.err and "encoding" in streams.err

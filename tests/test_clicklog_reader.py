@@ -106,7 +106,7 @@ def test_criteo(
     malformed = Malformed()
     check(read_all(path, ALL_CRITEO, malformed), expected)
     assert malformed.count == len(bad)
-    prefix = f"{path}, row "
+    prefix = f"{path}, line "
     assert [int(said.removeprefix(prefix).partition(":")[0]) for said in malformed.examples] == bad[: reader.EXAMPLES]
 
 
@@ -149,7 +149,7 @@ def test_csv(
     malformed = Malformed()
     check(read_all(path, malformed=malformed), expected)
     assert malformed.count == len(bad)
-    prefix = f"{path}, row "
+    prefix = f"{path}, line "
     assert [int(said.removeprefix(prefix).partition(":")[0]) for said in malformed.examples] == bad[: reader.EXAMPLES]
 
 
@@ -174,7 +174,7 @@ def test_quotes_are_data_in_criteo_and_quoting_in_csv(tmp_path: Path) -> None:
     rows = read_all(tmp_path / "log.csv", malformed=malformed)
     assert rows.categorical == [[b'a,"b"\nc'], [None]] and rows.numeric.tolist() == [[5, 2]]
     assert malformed.examples == [
-        f"{tmp_path / 'log.csv'}, row 2: column 'age': expected a number or nothing, got ' 5'"
+        f"{tmp_path / 'log.csv'}, line 2: column 'age': expected a number or nothing, got ' 5'"
     ]
 
 
@@ -186,8 +186,8 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     malformed = Malformed()
     assert read_all(path, ALL_CRITEO, malformed).categorical[0] == ["\ufffd\ufffd".encode(), "ü".encode()]
     assert malformed.examples == [
-        f"{path}, row 2: column 'label': expected 0 or 1, got '\ufffd\ufffd'",
-        f"{path}, row 3: expected 40 columns, got 2",
+        f"{path}, line 2: column 'label': expected 0 or 1, got '\ufffd\ufffd'",
+        f"{path}, line 3: expected 40 columns, got 2",
     ]
 
 
@@ -217,8 +217,8 @@ def test_blank_lines_are_malformed(tmp_path: Path) -> None:
     malformed = Malformed()
     assert len(read_all(path, ALL_CRITEO, malformed)) == 1
     assert malformed.examples == [
-        f"{path}, row 2: column 'label': expected 0 or 1, got nothing",
-        f"{path}, row 3: column 'label': expected 0 or 1, got '{'x' * 40}...'",
+        f"{path}, line 2: column 'label': expected 0 or 1, got nothing",
+        f"{path}, line 3: column 'label': expected 0 or 1, got '{'x' * 40}...'",
     ]
 
 
@@ -230,7 +230,7 @@ def test_examples_are_bounded_and_the_first(tmp_path: Path, monkeypatch: pytest.
     assert len(read_all(path, ALL_CRITEO, malformed)) == 1000
     assert malformed.count == 2000
     numbers = [i + 1 for i in range(3000) if i % 3][: reader.EXAMPLES]
-    assert [said.split(":")[0] for said in malformed.examples] == [f"{path}, row {n}" for n in numbers]
+    assert [said.split(":")[0] for said in malformed.examples] == [f"{path}, line {n}" for n in numbers]
 
 
 @pytest.mark.parametrize("chunk", [CHUNK, 1 << 20])
@@ -239,7 +239,7 @@ def test_strict_stops_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lines = [criteo_line("1")] * 500 + [criteo_line("1", ["1", "two"]), "1", *[criteo_line("1")] * 500, "1"]
     path = write_lines(tmp_path / "log.tsv", lines)
     with pytest.raises(
-        ValueError, match=re.escape(f"{path}, row 501: column 'I2': expected a number or nothing, got 'two'")
+        ValueError, match=re.escape(f"{path}, line 501: column 'I2': expected a number or nothing, got 'two'")
     ):
         read_all(path, ALL_CRITEO, Malformed(strict=True))
 
@@ -361,7 +361,7 @@ def test_labels_may_be_absent(tmp_path: Path) -> None:
     assert without.numeric[0, 0] == 5 and without.categorical[0] == [b"a", b"a"]
     malformed = Malformed()
     read_all(tmp_path / "without.tsv", ALL_CRITEO, malformed)
-    assert malformed.examples[0].endswith("row 1: expected 40 columns, got 39")
+    assert malformed.examples[0].endswith("line 1: expected 40 columns, got 39")
 
 
 def test_a_label_that_is_there_has_to_be_one(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import glob
 import math
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ BOUNDS = (8, 9)
 SPLIT_BY = ("hash", "order", "time")
 GIB = 1 << 30
 MEMORY = 2 * GIB
+SIGN = np.uint64(1 << 63)
 
 # Of rows and how many came before them: (n,) positions in SPLITS.
 Assign = Callable[[Rows, int], np.ndarray]
@@ -120,6 +122,9 @@ def prepare(
     schema = Schema(
         columns.label, columns.categorical, columns.numeric, cardinalities, format, minimum_count, transform
     )
+    for file in files:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError(f"{file}: expected a file that can be read more than once")
     _check_out(out, files, force)
     with _replacing(out, force) as work, _Log(files, columns, format, strict, progress) as log:
         spilled, new = work / "spilled", work / "new"
@@ -259,9 +264,6 @@ def _time_bounds(log: _Log, folder: Path, memory: int) -> list[float]:
             found.append(float(_from_ordered(keys[at : at + 1])[0]))
         before = int(ends[-1])
     return found
-
-
-SIGN = np.uint64(1 << 63)
 
 
 def _as_ordered(times: np.ndarray) -> np.ndarray:

@@ -90,18 +90,19 @@ class Rows(NamedTuple):
 class Malformed:
     """Counts rows that cannot be read, and keeps the first ones.
 
-    Rows are counted from 1, a CSV file's header included: the number of the line, unless quotes hold line breaks.
+    Lines are counted from 1, a CSV file's header included; a row whose quotes hold line breaks counts as one.
     """
 
     strict: bool = False
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def add(self, path: Path, bad: Sequence[tuple[int, Callable[[], str]]]) -> None:
-        """bad: numbers of rows, ascending, each with what says why. Raises ValueError in strict mode."""
+    def add(self, path: Path, unit: str, bad: Sequence[tuple[int, Callable[[], str]]]) -> None:
+        """bad: numbers of lines (or rows, says `unit`), ascending, each with what says why. Raises ValueError in strict
+        mode."""
         self.count += len(bad)
         for number, why in bad[: EXAMPLES - len(self.examples)]:
-            self.examples.append(f"{path}, row {number}: {why()}")
+            self.examples.append(f"{path}, {unit} {number}: {why()}")
             if self.strict:
                 raise ValueError(self.examples[-1])
 
@@ -142,10 +143,11 @@ def read(
     ValueError for one that is no such log or lacks a column, and for a malformed row where `malformed` is strict.
     """
     path = Path(path)
-    chunks = _parquet if format_of(path, format) == "parquet" else _text
+    chunks, unit = (_parquet, "row") if format_of(path, format) == "parquet" else (_text, "line")
     try:
         for chunk in chunks(path, columns, format, label_required, advance):
-            rows = _well_formed(path, chunk, columns, label_required, malformed)
+            rows, bad = _rows(path, chunk, columns, label_required)
+            malformed.add(path, unit, bad)
             if len(rows):
                 yield rows
     except pa.ArrowException as error:
@@ -324,8 +326,10 @@ class _Utf8:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _well_formed(path: Path, chunk: _Chunk, columns: Columns, label_required: bool, malformed: Malformed) -> Rows:
-    """What a chunk's columns say; rows that say something else go to `malformed`."""
+def _rows(
+    path: Path, chunk: _Chunk, columns: Columns, label_required: bool
+) -> tuple[Rows, list[tuple[int, Callable[[], str]]]]:
+    """The well-formed rows of a chunk, and the numbers of the others, each with what says why."""
     n = len(chunk.numbers)
     wrong: list[tuple[np.ndarray, str, str]] = []  # rows, their column, and what was expected there
 
@@ -348,7 +352,7 @@ def _well_formed(path: Path, chunk: _Chunk, columns: Columns, label_required: bo
         checked(columns.time, ~np.isnan(time), "a number or a date as in 2024-05-31 or 2024-05-31 23:59:59")
     categorical = [_category(path, name, chunk.columns[name]) for name in columns.categorical]
     if not (wrong or chunk.bad):
-        return Rows(label, numeric, categorical, time, dated)
+        return Rows(label, numeric, categorical, time, dated), []
 
     good = np.ones(n, bool)
     for rows, _, _ in wrong:
@@ -356,14 +360,14 @@ def _well_formed(path: Path, chunk: _Chunk, columns: Columns, label_required: bo
     bad = [(number, partial(str, why)) for number, why in chunk.bad]
     for row in np.flatnonzero(~good):
         bad.append((int(chunk.numbers[row]), partial(_complaint, chunk, row, wrong)))
-    malformed.add(path, sorted(bad, key=lambda entry: entry[0]))
-    return Rows(
+    rows = Rows(
         label[good],
         numeric[good],
         [column._replace(codes=column.codes[good]) for column in categorical],
         None if time is None else time[good],
         dated,
     )
+    return rows, sorted(bad, key=lambda entry: entry[0])
 
 
 def _complaint(chunk: _Chunk, row: int, wrong: Sequence[tuple[np.ndarray, str, str]]) -> str:
