@@ -150,6 +150,8 @@ def read(
             malformed.add(path, unit, bad)
             if len(rows):
                 yield rows
+    except pa.ArrowMemoryError:
+        raise
     except pa.ArrowException as error:
         what = " ".join(str(error).split())
         if "straddling" in what:
