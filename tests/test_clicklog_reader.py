@@ -178,6 +178,13 @@ def test_quotes_are_data_in_criteo_and_quoting_in_csv(tmp_path: Path) -> None:
     ]
 
 
+def test_line_breaks_in_quotes_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "CHUNK_BYTES", CHUNK)
+    rows = [["1", f"{i}\n" * (i % 50), f'"{i},\r\n', "1", "2"] for i in range(1000)]
+    (tmp_path / "log.csv").write_bytes(csv_text([HEADER, *rows]))
+    check(read_all(tmp_path / "log.csv"), [(1, [1, 2], [row[1].encode() or None, row[2].encode()]) for row in rows])
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     """In well-formed rows and in others."""
     lines = [criteo_line("1", [], ["?"]), criteo_line("?"), "?\t?", criteo_line("0", [], ["ü"])]
