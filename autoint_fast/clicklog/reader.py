@@ -288,7 +288,8 @@ def _open(
 class _Utf8:
     """A stream as UTF-8 whose last line is ended.
 
-    What is no UTF-8 is U+FFFD: Arrow shows malformed rows as text, and stops where they are none.
+    What is no UTF-8 is U+FFFD: Arrow shows malformed rows as text, and stops where they are none. No block ends between
+    CR and LF: Arrow forgets an LF that comes first in the next one, in quotes too.
     """
 
     closed = False
@@ -300,7 +301,7 @@ class _Utf8:
         self._last = self._ready[-1:]
 
     def read(self, size: int) -> bytes:
-        """Fewer bytes than asked for at the end only, and never more."""
+        """At most so many bytes, none at the end only."""
         while len(self._ready) < size and not self._ended:
             more = self._next(size - len(self._ready))
             if not more:
@@ -308,7 +309,10 @@ class _Utf8:
                 more = b"" if self._last in b"\r\n" else b"\n"
             self._ready += more
             self._last = more[-1:]
-        found, self._ready = self._ready[:size], self._ready[size:]
+        end = size
+        if size > 1 and len(self._ready) >= size and self._ready[size - 1 : size] == b"\r":
+            end -= 1
+        found, self._ready = self._ready[:end], self._ready[end:]
         return found
 
     def close(self) -> None:
