@@ -19,6 +19,7 @@ from .flattened import FlattenedInteractingLayer
 from .fused import why
 from .layer import InteractingLayer
 from .libraries import register_adapter
+from .model import AutoInt
 from .paper import PaperInteractingLayer
 from .reference import ReferenceInteractingLayer, interacting_reference
 from .swap import Report, accelerate, restore
@@ -26,6 +27,7 @@ from .version import __version__
 from .weights import InteractingParameters, Interaction
 
 __all__ = [
+    "AutoInt",
     "FlattenedInteractingLayer",
     "InteractingLayer",
     "InteractingParameters",

@@ -51,6 +51,7 @@ def test_public_names() -> None:
     import autoint_fast
 
     assert sorted(autoint_fast.__all__) == [
+        "AutoInt",
         "FlattenedInteractingLayer",
         "InteractingLayer",
         "InteractingParameters",
