@@ -1,5 +1,5 @@
 """`python -m autoint_fast`: what is installed, what devices there are, and which engine runs what on them; `build`
-compiles for the native engine ahead of use."""
+compiles for the native engine ahead of use; the other commands go from a click log to a trained model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import einops
 import torch
 
 from . import dispatch
+from .commands import add_commands
 from .version import __version__
 from .weights import Layout
 
@@ -244,6 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--heads", type=positive, nargs="+", required=True, metavar="H", help="numbers of heads")
     build.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", default=["fp32"], help="of the input (fp32)")
     build.set_defaults(run=build_ahead)
+    add_commands(commands)
     return parser
 
 

@@ -104,8 +104,8 @@ class AutoInt(nn.Module):
         backend: the engine of the interacting layers, as for InteractingLayer.
         device, dtype: of the parameters, as for torch.nn.Linear.
 
-    Parameters: `table` (sum of cardinalities + 2 N, E), the rows of all fields, one behind the other, of which a
-    numeric field has v_m and the vector of what is missing; `layers`, `output`: Linear(F * width, 1), and `mlp`.
+    Parameters: `embedding.weight` (sum of cardinalities + 2 N, E), the rows of all fields, one behind the other, of
+    which a numeric field has v_m and the vector of what is missing; `layers`, `output`: Linear(F * width, 1); `mlp`.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -152,13 +152,14 @@ class AutoInt(nn.Module):
         dispatch.check_backend(backend)
         self.cardinalities, self.n_numeric, self.emb_size = cardinalities, n_numeric, emb_size
         self.n_categorical, self.n_fields = len(cardinalities), len(cardinalities) + n_numeric
-        self.sparse, self.validate = sparse, validate
+        self.validate = validate
         self.names = _names(names, self.n_categorical, n_numeric)
 
         # A number has a row to look up, and what is missing the next one.
         starts = list(itertools.accumulate([*cardinalities, *[2] * n_numeric], initial=0))
-        self.table = nn.Parameter(torch.empty(starts[-1], emb_size, device=device, dtype=dtype))
-        nn.init.normal_(self.table, std=EMBEDDING_STD)
+        rows = nn.init.normal_(torch.empty(starts[-1], emb_size, device=device, dtype=dtype), std=EMBEDDING_STD)
+        # A module, as that is where DistributedDataParallel looks for sparse gradients; it is never called.
+        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False, sparse=sparse)
         highest = torch.tensor([size - 1 for size in cardinalities], dtype=torch.int64, device=device)
         self.register_buffer("offsets", torch.tensor(starts[:-1], device=device), persistent=False)
         self.register_buffer("highest", highest, persistent=False)
@@ -208,20 +209,21 @@ class AutoInt(nn.Module):
     def embed(self, categorical: Tensor, numeric: Tensor | None = None) -> Tensor:
         """The vectors of the fields, (B, F, E), of what `forward` takes."""
         self._check_form(categorical, numeric)
+        table = self.embedding.weight
         validate = categorical.is_cpu if self.validate is None else self.validate
         missing = None
         if numeric is None:
             ids = categorical + self.offsets
         else:
-            numeric = numeric if numeric.dtype == self.table.dtype else numeric.to(self.table.dtype)
+            numeric = numeric if numeric.dtype == table.dtype else numeric.to(table.dtype)
             missing = numeric.isnan()
             ids = torch.cat([categorical, missing], dim=1).add_(self.offsets)
         if validate and not torch.compiler.is_compiling():
             self._check_values(categorical, numeric, missing)
         if torch.is_grad_enabled():
-            return _Lookup.apply(self.table, ids, numeric, missing, self.sparse)  # type: ignore[no-any-return]
+            return _Lookup.apply(table, ids, numeric, missing, self.embedding.sparse)  # type: ignore[no-any-return]
         # Past autograd, which shows in the time of a call of one sample.
-        return _look_up(self.table, ids, numeric, missing)
+        return _look_up(table, ids, numeric, missing)
 
     def freeze(self) -> AutoInt:
         """Folds the interacting layers' weights until `unfreeze()`, `train(True)` or `load_state_dict`; gives self.
@@ -239,8 +241,7 @@ class AutoInt(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        rows = self.table.shape[0]
-        return f"{self.n_categorical} categorical fields, {self.n_numeric} numeric, table=({rows}, {self.emb_size})"
+        return f"{self.n_categorical} categorical fields, {self.n_numeric} numeric"
 
     def _check_form(self, categorical: Tensor, numeric: Tensor | None) -> None:
         expected = f"a (B, {self.n_categorical}) int64 tensor"

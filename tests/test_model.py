@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def make(dtype: torch.dtype = torch.float64, **options: Any) -> AutoInt:
     """A model whose logits all parts move, on the engine that is everywhere."""
     model = AutoInt(CARDINALITIES, N_NUMERIC, 8, **{"n_layers": 2, "backend": "torch", "dtype": dtype, **options})
-    nn.init.normal_(model.table, std=0.7)
+    nn.init.normal_(model.embedding.weight, std=0.7)
     return model
 
 
@@ -43,7 +43,7 @@ def draw(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
 
 def definition(model: AutoInt, categorical: Tensor, numeric: Tensor, mask: Tensor | None = None) -> Tensor:
     """The model, field by field, with layers as they are defined."""
-    rows = iter(model.table.split([*CARDINALITIES, *[2] * N_NUMERIC]))
+    rows = iter(model.embedding.weight.split([*CARDINALITIES, *[2] * N_NUMERIC]))
     fields = [next(rows)[categorical[:, i]] for i in range(len(CARDINALITIES))]
     for value, (vector, missing) in zip(numeric.unbind(1), rows, strict=True):
         fields.append(torch.where(value.isnan()[:, None], missing, value.nan_to_num()[:, None] * vector))
@@ -73,7 +73,7 @@ def test_definition(kind: str, sparse: bool, batch: int) -> None:
     logits, expected = model(categorical, numeric), definition(model, categorical, numeric)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     got = gradients(logits, model)
-    assert model.table.grad.is_sparse == sparse
+    assert model.embedding.weight.grad.is_sparse == sparse
     for name, grad in gradients(expected, model).items():
         torch.testing.assert_close(got[name], grad, rtol=0, atol=1e-12, msg=name)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_mask(shape: tuple[int, ...]) -> None:
 def test_categorical_fields_only_and_numeric_ones_only() -> None:
     categorical, numeric = draw(6)
     only = AutoInt(CARDINALITIES, emb_size=8, dtype=torch.float64)
-    assert torch.equal(only.embed(categorical)[:, 1], only.table[5:8][categorical[:, 1]])
+    assert torch.equal(only.embed(categorical)[:, 1], only.embedding.weight[5:8][categorical[:, 1]])
     assert only(categorical).shape == (6,)
     numbers = AutoInt([], 2, 8, dtype=torch.float64)
     assert numbers(categorical[:, :0], numeric).shape == (6,)
@@ -105,7 +105,7 @@ def test_missing_numbers_have_a_vector_of_their_own() -> None:
     model = make()
     categorical, _ = draw(3)
     x = model.embed(categorical, torch.tensor([[NAN, 2.0], [0.0, NAN], [3.0, -1.0]], dtype=torch.float64))
-    first, first_missing, second, second_missing = model.table[-4:]
+    first, first_missing, second, second_missing = model.embedding.weight[-4:]
     expected = torch.stack(
         [first_missing, 2 * second, 0 * first, second_missing, 3 * first, -second],
     ).view(3, 2, 8)
@@ -128,9 +128,9 @@ def test_second_derivative_on_the_reference() -> None:
     present = numeric.nan_to_num()
 
     def function(numbers: Tensor, table: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {"table": table}, (categorical, numbers)).sigmoid()
+        return torch.func.functional_call(model, {"embedding.weight": table}, (categorical, numbers)).sigmoid()
 
-    inputs = (present.requires_grad_(), model.table.detach().clone().requires_grad_())
+    inputs = (present.requires_grad_(), model.embedding.weight.detach().clone().requires_grad_())
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
 
@@ -193,7 +193,7 @@ def test_autocast() -> None:
         logits = model(categorical, numeric)
         loss = nnf.binary_cross_entropy_with_logits(logits, torch.ones(9, dtype=logits.dtype))
     loss.backward()
-    assert model.table.grad.dtype == torch.float32 and model.table.grad.any()
+    assert model.embedding.weight.grad.dtype == torch.float32 and model.embedding.weight.grad.any()
 
 
 def test_numbers_of_another_precision() -> None:
@@ -207,11 +207,11 @@ def test_a_step_of_adam(sparse: bool) -> None:
     """Sparse gradients with SparseAdam move the rows of the batch as dense ones with Adam do, at the first step."""
     model = make(sparse=sparse)
     categorical, numeric = draw(9)
-    before = model.table.detach().clone()
-    optimizer = (torch.optim.SparseAdam if sparse else torch.optim.Adam)([model.table], lr=0.1)
+    before = model.embedding.weight.detach().clone()
+    optimizer = (torch.optim.SparseAdam if sparse else torch.optim.Adam)([model.embedding.weight], lr=0.1)
     model(categorical, numeric).sum().backward()
     optimizer.step()
-    moved = (model.table - before).abs().amax(1) > 0.09
+    moved = (model.embedding.weight - before).abs().amax(1) > 0.09
     used = torch.zeros(len(before), dtype=torch.bool)
     used[(categorical + torch.tensor([0, 5, 8])).flatten()] = True
     used[[19, 21]] = ~numeric.isnan().all(0)

@@ -118,7 +118,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Version"] == autoint_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"test", "bench", "libraries"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"test", "bench", "train", "libraries"}
     needs = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert {re.split(r"[ ;<>=!~]", need)[0] for need in needs} == {"torch", "triton", "einops"}
     # torch pins triton exactly, so a bound from above would only ever be in its way.
