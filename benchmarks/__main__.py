@@ -28,13 +28,19 @@ Measures FlattenedInteractingLayer, plain and frozen, against the Keras function
 weights. Every contestant is checked against float64 first. Prints a table, and exits with 1 when one computes wrong
 numbers.
 """
+MODEL = """\
+Measures whole AutoInt models, from ids and numbers to the click: ours, the same model with the einsum layer,
+DeepCTR-Torch's and torch-rechub's as far as they are installed; forward, training step, and single calls as in serving.
+Ours is checked against float64 first. Prints a table, writes a CSV and a picture, and exits with 1 when ours is wrong.
+"""
 PLOT = "Draws the results of an earlier run."
-ABOUT = {"cpu": CPU, "families": FAMILIES, "flattened": FLATTENED, "plot": PLOT}
+ABOUT = {"cpu": CPU, "families": FAMILIES, "flattened": FLATTENED, "model": MODEL, "plot": PLOT}
 COMMANDS = """\
 commands:
   python -m benchmarks cpu         the native engine against the limit of this CPU
   python -m benchmarks families    the layers of other libraries, accelerated
   python -m benchmarks flattened   the Keras function's layer against its plain spelling
+  python -m benchmarks model       whole models, from ids and numbers to the click
   python -m benchmarks plot CSV    draw the results of an earlier run
 """
 
@@ -57,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        from . import cpu, families, flattened, plot, speed
+        from . import cpu, families, flattened, model, plot, speed
     except ModuleNotFoundError as error:
         parser.error(f"{error}; the benchmarks need autoint_fast[bench]")
     if not command:
         return speed.main(arguments, parser)
-    commands = {"cpu": cpu, "families": families, "flattened": flattened, "plot": plot}
+    commands = {"cpu": cpu, "families": families, "flattened": flattened, "model": model, "plot": plot}
     return commands[command].main(arguments[1:], parser)
 
 
