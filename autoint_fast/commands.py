@@ -26,11 +26,33 @@ DRAW_SECONDS = 0.1
 
 def add_commands(commands: Any) -> None:
     """Adds the parsers; each sets `run`, a function from its arguments to the exit status."""
+    _add_prepare(commands)
     _add_train(commands)
     _add_evaluate(commands)
     _add_predict(commands)
     _add_explain(commands)
     _add_export(commands)
+
+
+# --- prepare ----------------------------------------------------------------------------------------------------------
+
+
+def _add_prepare(commands: Any) -> None:
+    summary = "encodes a click log: vocabularies, numbers, training, validation and test rows"
+    parser = commands.add_parser("prepare", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parse = parser.parse_known_args
+
+    def parse_known_args(*arguments: Any, **named: Any) -> Any:
+        # Its arguments come with what reads logs, which the other commands shall not wait for, nor need.
+        try:
+            from .clicklog.prepare import add_arguments, run
+        except ModuleNotFoundError as error:
+            parser.error(f"{error}; the command needs autoint_fast[train]")
+        add_arguments(parser)
+        parser.set_defaults(run=_telling_errors(run), prog=parser.prog)
+        return parse(*arguments, **named)
+
+    parser.parse_known_args = parse_known_args
 
 
 # --- train ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from autoint_fast.training.run import Run
 from tests.clicks import CATEGORICAL, NUMERIC, prepared, write_log
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "predict", "explain", "export")
+COMMANDS = ("prepare", "train", "evaluate", "predict", "explain", "export")
 OPTIONS = ("--backend=torch", "--emb-size=8", "--n-layers=2", "--batch-size=200", "--learning-rate=0.01", "--epochs=2")
 
 
@@ -47,8 +47,11 @@ def status_of(*arguments: object) -> int:
         return error.code
 
 
-def test_from_a_log_to_a_model(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
+def test_from_a_log_to_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, data, out = write_log(tmp_path / "log.csv", 2000), tmp_path / "data", tmp_path / "run"
+    columns = ("--label=click", "--categorical", *CATEGORICAL, "--numeric", *NUMERIC)
+    assert status_of("prepare", log, "--out", data, *columns) == 0
+    assert str(data) in capsys.readouterr().out
     assert status_of("train", data, "--out", out, *OPTIONS, "--mlp", 8, 4, "--dropout", 0.1) == 0
     said = capsys.readouterr().out
     assert "rows/s" in said and "AUC" in said and f"wrote {out}" in said
@@ -101,7 +104,7 @@ def test_predict_leaves_what_is_there(run: Path, tmp_path: Path, capsys: pytest.
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(command, "--help") == 0
     said = capsys.readouterr().out
-    assert f"usage: python -m autoint_fast {command}" in said and "RUN" in said
+    assert f"usage: python -m autoint_fast {command}" in said and ("RUN" in said or "FILE" in said)
 
 
 def test_every_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +114,7 @@ def test_every_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 BAD = {
+    "no log": (["prepare", "{tmp}/none.csv", "--out", "{tmp}/out", "--numeric", "age"], "none.csv"),
     "no data": (["train", "{tmp}/none", "--out", "{tmp}/out"], "schema.json"),
     "no run": (["evaluate", "{data}", "{data}"], "expected a training run's folder"),
     "a file for a folder": (["train", "{data}", "--out", "{data}/schema.json"], "schema.json"),
@@ -171,10 +175,11 @@ def test_interrupted_and_resumed(data: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_library_that_is_missing(data: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['sklearn'] = None\n"
-        "from autoint_fast.__main__ import main\n"
-        f"sys.exit(main(['train', {str(data)!r}, '--out', {str(tmp_path / 'run')!r}, *{OPTIONS!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "the command needs autoint_fast[train]" in done.stderr
+    training = ["train", str(data), "--out", str(tmp_path / "run"), *OPTIONS]
+    for library, arguments in (("sklearn", training), ("pyarrow", ["prepare", "x.csv", "--out", "y"])):
+        code = (
+            f"import sys; sys.modules[{library!r}] = None\n"
+            f"from autoint_fast.__main__ import main\nsys.exit(main({arguments!r}))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "the command needs autoint_fast[train]" in done.stderr, done.stderr

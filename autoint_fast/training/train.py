@@ -170,20 +170,20 @@ class _Trainer:
 
     def _epoch(self, log: Any) -> None:
         """What is left of the epoch, or as much of it as patience allows."""
+        from ..clicklog.encode import ahead
+
         settings, at, rows = self.settings, self.at, len(self.training)
         steps = -(-rows // settings.batch_size)
         self.progress.begin(f"epoch {at.epoch + 1}", rows, at.step * settings.batch_size)
         self.model.train()
-        order = np.random.default_rng((settings.seed, at.epoch)).permutation(rows)
-        while at.step < steps:
+        for count, mine, batch in ahead(self._batches()):
             start = time.perf_counter()
-            batch = order[at.step * settings.batch_size : (at.step + 1) * settings.batch_size]
-            loss = self._step(batch)
+            loss = self._step(count, mine, batch)
             self.seconds += time.perf_counter() - start
-            self.trained += len(batch)
+            self.trained += count
             at.step, at.steps = at.step + 1, at.steps + 1
-            at.loss, at.rows = at.loss + loss, at.rows + len(batch)
-            self.progress.advance(len(batch), at.loss / at.rows * self.among.world)
+            at.loss, at.rows = at.loss + loss, at.rows + count
+            self.progress.advance(count, at.loss / at.rows * self.among.world)
             if at.steps % LOG_EVERY == 0:
                 log("loss/train", sum(self.among.gather(at.loss)) / at.rows)
                 at.loss, at.rows = 0.0, 0
@@ -199,13 +199,20 @@ class _Trainer:
             elif at.steps % settings.checkpoint_every == 0:
                 self._save()
 
-    def _step(self, rows: np.ndarray) -> float:
-        """One step on the rows of all processes; the sum of the losses of this one's."""
+    def _batches(self) -> Iterator[tuple[int, np.ndarray, Batch]]:
+        """For each step left of the epoch: its rows in all processes, which of them are this one's, and these."""
+        size, among = self.settings.batch_size, self.among
+        order = np.random.default_rng((self.settings.seed, self.at.epoch)).permutation(len(self.training))
+        for start in range(self.at.step * size, len(order), size):
+            rows = order[start : start + size]
+            mine = rows[among.rank :: among.world]
+            yield len(rows), mine, self.training.batch(mine)
+
+    def _step(self, count: int, mine: np.ndarray, batch: Batch) -> float:
+        """One step, on `count` rows in all processes; the sum of the losses of this one's."""
         settings, among = self.settings, self.among
         # Every process has draws of its own.
         torch.manual_seed((settings.seed << 32) + self.at.steps * among.world + among.rank)
-        mine = rows[among.rank :: among.world]
-        batch = self.training.batch(mine)
         categorical, numeric, label = (part.to(among.device, non_blocking=True) for part in batch)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -216,7 +223,7 @@ class _Trainer:
         if not math.isfinite(total):
             self._give_up(total, mine, batch)
         # Gradients are averaged over the processes; they are to be those of the mean over all rows.
-        (loss * (among.world / len(rows))).backward()
+        (loss * (among.world / count)).backward()
         for optimizer in self.optimizers:
             optimizer.step()
         return total
