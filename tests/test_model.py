@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from autoint_fast import AutoInt, InteractingLayer, PaperInteractingLayer
+from autoint_fast import AutoInt, InteractingLayer, PaperInteractingLayer, accelerate
 from autoint_fast.reference import interaction_reference
 
 CARDINALITIES = [5, 3, 11]
@@ -160,6 +160,26 @@ def test_layers_are_the_packages_own_and_take_the_engine() -> None:
     assert all(type(layer) is PaperInteractingLayer for layer in paper.layers)
     assert [(layer.emb_size, layer.att_size) for layer in paper.layers] == [(8, 12), (12, 12), (12, 12)]
     assert make(layer="paper").layers[0].att_size == 16
+
+
+def test_nothing_is_left_to_accelerate() -> None:
+    model = make()
+    categorical, numeric = draw(4)
+    expected = model(categorical, numeric)
+    assert not accelerate(model).replaced
+    assert torch.equal(model(categorical, numeric), expected)
+
+
+def test_off_the_cpu_no_value_is_read_back() -> None:
+    """It would keep a GPU waiting; a meta tensor has no values to read."""
+    model = AutoInt(CARDINALITIES, 2, 8, mlp=(3,), device="meta")
+    categorical, numeric = torch.zeros(4, 3, dtype=torch.int64, device="meta"), torch.zeros(4, 2, device="meta")
+    model(categorical, numeric).sum().backward()
+    with torch.no_grad():
+        assert model(categorical, numeric).shape == (4,)
+    model.validate = True
+    with pytest.raises(RuntimeError, match="meta"):
+        model(categorical, numeric)
 
 
 def test_empty_batch() -> None:

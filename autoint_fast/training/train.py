@@ -7,6 +7,7 @@ the optimizers and a few numbers, and a run that was killed ends in the same bit
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
@@ -71,7 +72,8 @@ def train(
     """Trains AutoInt on prepared data, into the folder `run`.
 
     Started by torchrun, each process takes its share of every batch, on a device of its own; `batch_size` is that of
-    all together, and the result that of one process up to the order of sums.
+    all together, and the result that of one process up to the order of sums. All of them read `data` and `run`, the
+    first one writes.
 
     settings: None: the defaults, or with `resume` those of the run, which others must equal but for `epochs` and
         `patience`. resume: goes on from the run's last checkpoint; `run` may also be new. force: whether a folder that
@@ -98,12 +100,12 @@ def train(
 
 def _open(data: Path, folder: Path, settings: Settings | None, resume: bool, force: bool, among: Processes) -> Run:
     """The run to go on with, or a new one, made by the first process."""
-    if resume and (folder / SETTINGS_FILE).exists():
+    # As the first process sees it: by the time that another one looks, the first may have made it.
+    begun = among.gather((folder / SETTINGS_FILE).exists())[0]
+    if resume and begun:
         opened = Run.open(folder)
         if settings is None:
             return opened
-        import dataclasses
-
         free = {"epochs": settings.epochs, "patience": settings.patience}
         if dataclasses.replace(opened.settings, **free) != settings:
             mine, theirs = dataclasses.asdict(settings), dataclasses.asdict(opened.settings)
