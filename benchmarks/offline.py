@@ -133,6 +133,9 @@ def _read(compiled: Any, arch: str) -> Binary:
         spilled=spilled,
         shared=meta.shared,
         asm={stage: text for stage, text in asm.items() if stage in ("ttgir", "ptx", "cubin", "amdgcn")},
+        parameters=tuple(
+            (place, kind) for place, kind in enumerate(compiled.src.signature.values()) if kind != "constexpr"
+        ),
     )
 
 
@@ -224,6 +227,8 @@ class Binary:
     spilled: int  # registers per thread
     shared: int  # bytes per program
     asm: Mapping[str, str | bytes] = field(repr=False)
+    # The arguments that the code still takes, by place, and their types: "*bf16", "i32".
+    parameters: tuple[tuple[int, str], ...] = ()
 
     @property
     def ptx(self) -> str:
@@ -246,6 +251,11 @@ class Binary:
         return _tool("nvdisasm", "-c", self._stage("cubin"))
 
     @cached_property
+    def code(self) -> tuple[tuple[Instruction, ...], Mapping[str, int]]:
+        """The instructions in the order of their addresses (NVIDIA), and the addresses of the labels."""
+        return _listing(self.sass, self.name)
+
+    @cached_property
     def program(self) -> Loop:
         """All code that converged warps can reach from the entry, as the loop that surrounds every loop."""
         return self._loops[0]
@@ -257,7 +267,7 @@ class Binary:
 
     @cached_property
     def _loops(self) -> tuple[Loop, ...]:
-        return _find_loops(_blocks(self.sass, self.name))
+        return _find_loops(_blocks(*self.code))
 
     @cached_property
     def mma(self) -> Counter[tuple[str, str]]:
@@ -326,8 +336,8 @@ class _Block:
     successors: list[int] = field(default_factory=list)
 
 
-def _blocks(sass: str, kernel: str) -> dict[int, _Block]:
-    """The basic blocks of `kernel` by address, entry first."""
+def _listing(sass: str, kernel: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
+    """The instructions of `kernel`, and the addresses of its labels."""
     _, found, section = sass.partition(f"\n.text.{kernel}:\n")
     if not found:
         raise ValueError(f"no code of {kernel} in the disassembly")
@@ -344,6 +354,11 @@ def _blocks(sass: str, kernel: str) -> dict[int, _Block]:
             code.append(Instruction(address, match[2] or "", match[3], match[4].strip()))
         elif match := re.match(r"(\S+):\s*$", line):
             waiting.append(match[1])
+    return tuple(code), labels
+
+
+def _blocks(code: Sequence[Instruction], labels: Mapping[str, int]) -> dict[int, _Block]:
+    """The basic blocks by address, entry first."""
     starts = set(labels.values())
     blocks: dict[int, _Block] = {}
     for before, instruction in zip([None, *code], code, strict=False):
