@@ -170,6 +170,12 @@ _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\
 _BITS = re.compile(r"\.(?:[US]?(8|16)|(64|128|256))(?=\.|$)")
 
 
+def pipe(opcode: str) -> str:
+    """The unit that executes an instruction, one of `PIPES`; branches, barriers and uniform registers are "other"."""
+    match = _PIPE.fullmatch(opcode.partition(".")[0])
+    return match.lastgroup or "" if match else "other"
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction of the machine code."""
@@ -186,9 +192,8 @@ class Instruction:
 
     @property
     def pipe(self) -> str:
-        """The unit that executes it, one of `PIPES`; branches, barriers and uniform registers are "other"."""
-        match = _PIPE.fullmatch(self.name)
-        return match.lastgroup if match else "other"
+        """The unit that executes it, one of `PIPES`."""
+        return pipe(self.opcode)
 
     @property
     def bits(self) -> int:

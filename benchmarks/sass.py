@@ -68,18 +68,24 @@ class Trace:
 
     def __sub__(self, other: Trace) -> Trace:
         """What this program did beyond what `other` did, which did a part of the same."""
-        counters = [
-            Counter({key: mine[key] - theirs[key] for key in mine if mine[key] != theirs[key]})
-            for mine, theirs in (
-                (self.issued, other.issued),
-                (self.read, other.read),
-                (self.written, other.written),
-            )
-        ]
-        numbers = (
-            getattr(self, name) - getattr(other, name) for name in ("sectors", "wavefronts", "conflicts", "unknown")
+        return self._combined(other, -1)
+
+    def __add__(self, other: Trace) -> Trace:
+        """What both did, each byte of memory counted for each."""
+        return self._combined(other, 1)
+
+    def _combined(self, other: Trace, sign: int) -> Trace:
+        def both(name: str) -> Counter[Any]:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            sums = {key: mine[key] + sign * theirs[key] for key in mine.keys() | theirs.keys()}
+            return Counter({key: count for key, count in sums.items() if count})
+
+        numbers = ("sectors", "wavefronts", "conflicts", "unknown")
+        return Trace(
+            *map(both, ("issued", "read", "written")),
+            *(getattr(self, name) + sign * getattr(other, name) for name in numbers),
+            self.branches,
         )
-        return Trace(*counters, *numbers, self.branches)
 
 
 def follow(binary: Binary, launch: Launch, program: int = 0, arms: Mapping[int, bool] | None = None) -> Trace:
@@ -436,8 +442,9 @@ class _Warp:
     ) -> None:
         self.binary, self.bank, self.memory, self.trace, self.arms = binary, bank, memory, trace, arms
         self.program, self.thread = program, _LANE + np.uint32(LANES * warp)
-        self.values: list[Value] = [None] * (2 * _UNIFORM)
-        self.flags: list[Flag] = [None] * 16
+        # What nobody has written may be anything: programs set single bits of such registers, and read only those.
+        self.values: list[Value] = [_ZERO] * (2 * _UNIFORM)
+        self.flags: list[Flag] = [_NONE] * 16
         self.local: dict[int, Value] = {}
         self.calls: list[int] = []
         self.seen: dict[tuple[bytes, int], tuple[int, int]] = {}
@@ -637,7 +644,7 @@ def _registers_written(instruction: Instruction) -> int:
         return 2 if opcode.endswith(".F16") else 4
     if name in ("LDSM", "LDMATRIX"):
         return int(match[1]) if (match := re.search(r"\.M\w+\.(\d)$", opcode)) else 1
-    if name in ("FADD2", "FMUL2", "FFMA2", "DADD", "DMUL", "DFMA"):
+    if name in ("FADD2", "FMUL2", "FFMA2", "DADD", "DMUL", "DFMA") or opcode == "CS2R":
         return 2
     wide = re.search(r"\.(64|128|256)(?=\.|$)", opcode)
     return int(wide[1]) // 32 if wide else 2 if ".WIDE" in opcode else 1
