@@ -33,13 +33,20 @@ Measures whole AutoInt models, from ids and numbers to the click: ours, the same
 DeepCTR-Torch's and torch-rechub's as far as they are installed; forward, training step, and single calls as in serving.
 Ours is checked against float64 first. Prints a table, writes a CSV and a picture, and exits with 1 when ours is wrong.
 """
+GPU = """\
+Compiles the launches a layer really makes for GPUs that need not be there, follows them through their machine code
+and counts: registers, warp-instructions by pipe, bytes, bank conflicts. Models from published figures what a GPU could
+do at best, and counts what PyTorch's layers launch and move. With a CUDA device, measures beside it. Prints tables,
+draws a roofline. --check compares with the table that is checked in, and exits with 1 where something is worse.
+"""
 PLOT = "Draws the results of an earlier run."
-ABOUT = {"cpu": CPU, "families": FAMILIES, "flattened": FLATTENED, "model": MODEL, "plot": PLOT}
+ABOUT = {"cpu": CPU, "families": FAMILIES, "flattened": FLATTENED, "gpu": GPU, "model": MODEL, "plot": PLOT}
 COMMANDS = """\
 commands:
   python -m benchmarks cpu         the native engine against the limit of this CPU
   python -m benchmarks families    the layers of other libraries, accelerated
   python -m benchmarks flattened   the Keras function's layer against its plain spelling
+  python -m benchmarks gpu         what the launches cost on GPUs that need not be there
   python -m benchmarks model       whole models, from ids and numbers to the click
   python -m benchmarks plot CSV    draw the results of an earlier run
 """
@@ -63,12 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        from . import cpu, families, flattened, model, plot, speed
+        from . import cpu, families, flattened, gpu, model, plot, speed
     except ModuleNotFoundError as error:
         parser.error(f"{error}; the benchmarks need autoint_fast[bench]")
     if not command:
         return speed.main(arguments, parser)
-    commands = {"cpu": cpu, "families": families, "flattened": flattened, "model": model, "plot": plot}
+    commands = {
+        "cpu": cpu,
+        "families": families,
+        "flattened": flattened,
+        "gpu": gpu,
+        "model": model,
+        "plot": plot,
+    }
     return commands[command].main(arguments[1:], parser)
 
 

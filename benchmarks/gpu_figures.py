@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,11 +32,14 @@ class Kernel:
 
     They are per sample for a launch that walks over the samples (`walks`), else per launch.
 
-    grid: programs where there are samples enough. resident_warps, limit: `chips.occupancy`. issued: warp-instructions
-    by opcode, on the path that ordinary inputs take. ways: their totals on each path that data could choose, that one
-    first. per_program: what a program issues before and after its samples. read, written: bytes of the tensors that
-    have a row per sample, each byte once. workspace: bytes of all others, read or written, per launch of the full grid.
-    wavefronts, conflicts, sectors, unknown: as in `sass.Trace`. load_bits, store_bits: the widest access per thread.
+    grid: programs where there are samples enough. resident_warps, limit: as in `chips.occupancy`. issued:
+    warp-instructions by opcode, on the path that ordinary inputs take. ways: their totals on each path that data could
+    choose, that one first. per_program: what a program issues before and after its samples.
+
+    read, written: bytes of the tensors that have a row per sample, each byte once. asked: the same program by program,
+    what several programs read counted for each; the second-level cache is taken to keep it from the first to the last.
+    workspace: bytes of all other tensors, read or written, per launch of the full grid. wavefronts, conflicts, sectors,
+    unknown: as in `sass.Trace`. load_bits, store_bits: the widest access per thread.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Kernel:
     per_program: float
     read: float
     written: float
+    asked: float
     workspace: int
     wavefronts: float
     conflicts: float
@@ -114,6 +119,12 @@ def _figures(launches: Callable[[int], list[Recorded]], place: int, shape: Shape
     else:
         scale, workspace, fixed = 1.0, 0, 0.0
         step, ways = _whole(binary, many.launch, grid)
+
+    def once(counts: Counter[int]) -> float:
+        """No tensor has more different bytes than it has."""
+        whole = {i: many.launch.args[i].nbytes / MANY for i in counts} if walks else {}
+        return sum(min(count / scale, whole.get(i, math.inf)) for i, count in counts.items())
+
     widths = binary.global_accesses
     occupied = chips.occupancy(arch, binary.registers, binary.shared, binary.num_warps, -(-grid // multiprocessors))
     return Kernel(
@@ -131,8 +142,9 @@ def _figures(launches: Callable[[int], list[Recorded]], place: int, shape: Shape
         issued={opcode: count / scale for opcode, count in sorted(step.issued.items())},
         ways=[total / scale for total in ways],
         per_program=fixed,
-        read=step.read.total() / scale,
-        written=step.written.total() / scale,
+        read=once(step.read),
+        written=once(step.written),
+        asked=(step.read.total() + step.written.total()) / scale,
         workspace=workspace,
         wavefronts=step.wavefronts / scale,
         conflicts=step.conflicts / scale,

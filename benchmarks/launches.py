@@ -50,7 +50,7 @@ def record(
     layer = InteractingLayer(shape.n_head, shape.emb_size, backend="triton", device="meta", dtype=dtype)
     x = torch.empty(batch, shape.fields, shape.emb_size, dtype=dtype, device="meta", requires_grad=training)
     made: list[Launch] = []
-    with _instead_of_launching(made), _pretended(arch, multiprocessors), _tf32(precision == TF32):
+    with _instead_of_launching(made), _pretended(arch, multiprocessors), tf32(precision == TF32):
         with torch.set_grad_enabled(training):
             # The layer's own forward would refuse tensors that are on no device of Triton's.
             out = op.interact(x, layer.interaction(), layer.layout(shape.fields), None, "triton")
@@ -90,7 +90,8 @@ def _pretended(arch: str, multiprocessors: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, torch's own matrix products of fp32 may be rounded to TF32, or may not."""
     matmul = torch.backends.cuda.matmul
     name, value = ("fp32_precision", "tf32" if allowed else "ieee")
     if not hasattr(matmul, name):

@@ -173,8 +173,8 @@ class _Memory:
 def wavefronts(addresses: NDArray[Any], bits: int) -> tuple[int, int]:
     """Passes that an access to shared memory takes, and how many of them are conflicts.
 
-    addresses: in bytes, of the active lanes in order. A pass serves 32 banks of 4 bytes, of each one word, to any number
-    of lanes; accesses of 8 bytes per lane go by half warps, of 16 by quarters.
+    addresses: in bytes, of the active lanes in order. A pass serves 32 banks of 4 bytes, of each one word, to any
+    number of lanes; accesses of 8 bytes per lane go by half warps, of 16 by quarters.
     """
     words = max(1, bits // 32)
     passes = conflicts = 0
@@ -890,7 +890,9 @@ def _extend(s: _Sources) -> _Result:
     a, width = s.values
     space = np.minimum(np.uint32(32) - np.minimum(width, 32), 31).astype(np.uint32)
     raised = a << space
-    return ((raised >> space) if "U32" in s.modifiers else (raised.view(np.int32) >> space.view(np.int32)).view(np.uint32),), ()
+    return (
+        (raised >> space) if "U32" in s.modifiers else (raised.view(np.int32) >> space.view(np.int32)).view(np.uint32),
+    ), ()
 
 
 def _mask(s: _Sources) -> _Result:
@@ -1037,7 +1039,7 @@ def _memory_access(instruction: Instruction, operands: Sequence[str]) -> _Body:
     if name in ("LDSM", "STSM"):
         # Each lane in a group of eight gives the address of a row of 16 bytes.
         groups = int(match[1]) if (match := re.search(r"\.M\w+\.(\d)$", instruction.opcode)) else 1
-        rows = _LANE < 8 * groups
+        rows = np.arange(LANES) // 8 < groups
 
         def matrices(warp: _Warp, lanes: NDArray[np.bool_] | None, active: NDArray[np.bool_]) -> None:
             warp.shared_access(places[0](warp), active & rows, 128)
@@ -1073,7 +1075,9 @@ def _memory_access(instruction: Instruction, operands: Sequence[str]) -> _Body:
     loads = name.startswith("LD") or name.startswith("ATOM")
     stores = name.startswith(("ST", "RED", "ATOM"))
     if not places or not (loads or stores):
-        raise ValueError(f"cannot follow {instruction.opcode} at {instruction.address:#x}: an access of an unknown kind")
+        raise ValueError(
+            f"cannot follow {instruction.opcode} at {instruction.address:#x}: an access of an unknown kind"
+        )
 
     def access(warp: _Warp, lanes: NDArray[np.bool_] | None, active: NDArray[np.bool_]) -> None:
         address = places[0](warp)

@@ -4,15 +4,16 @@
         step()
     traffic.launches, traffic.read, traffic.written, traffic.operations
 
-A mode sees every op that reaches a backend. One that only gives another view of memory, or memory without content, costs
-nothing. Every other is counted as one launch that reads each element of its inputs once and writes each of its outputs
-once: what eager PyTorch has to move through memory, as long as tensors exceed the second-level cache. An input that is
-expanded counts with the elements it has in memory. A library may split one product into more launches, never fewer.
+A mode sees every op that reaches a backend. One that only gives another view of memory, or memory without content,
+costs nothing. Every other is counted as one launch that reads each element of its inputs once and writes each of its
+outputs once: what eager PyTorch has to move through memory, as long as tensors exceed the second-level cache. An input
+that is expanded counts with the elements it has in memory. A library may split one product into more launches, never
+fewer.
 
-The fused attention is what a CPU calls in place of a GPU's and is counted as FlashAttention-2 documents itself (Dao, 2023;
-arXiv:2307.08691): forward one launch that reads q, k and v and writes the output and its log-sum-exp; backward three
-(delta, the gradients, dq converted), which together read q, k, v, the output, its gradient and the log-sum-exp once and
-write dq, dk and dv once. Scores and probabilities stay on chip.
+The fused attention is what a CPU calls in place of a GPU's and is counted as FlashAttention-2 documents itself (Dao,
+2023; arXiv:2307.08691): forward one launch that reads q, k and v and writes the output and its log-sum-exp; backward
+three (delta, the gradients, dq converted), which together read q, k, v, the output, its gradient and the log-sum-exp
+once and write dq, dk and dv once. Scores and probabilities stay on chip.
 """
 
 from __future__ import annotations
