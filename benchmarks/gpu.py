@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -298,7 +298,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser, console
 
 
 def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    # A title that is wider than its table would be broken.
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", min_width=len(title))
     for name in names:
         table.add_column(name, no_wrap=True)
     for name in numbers:
@@ -318,6 +319,8 @@ def _show(
         kernels = [(arch, kernel) for _, arch in group for kernel in found[precision, arch]]
         console.print(_resources_table(shape, precision, kernels))
         console.print(_instructions_table(shape, precision, kernels))
+        for note in _notes(kernels):
+            console.print(note, highlight=False, markup=False)
     for precision, rows in groupby(models, key=lambda row: row.precision):
         together = list(rows)
         console.print(_model_table(shape, precision, together))
@@ -359,15 +362,9 @@ def _instructions_table(shape: Shape, precision: str, kernels: Sequence[tuple[st
         ("arch", "kernel"),
         ("all", *PIPES.values(), "read", "written", "x floor", "bank conflicts"),
     )
-    branching = any(len(k.ways) > 1 for _, k in kernels)
-    if branching:
-        table.add_column("other ways", justify="right", no_wrap=True)
     for arch, rows in groupby(kernels, key=lambda row: row[0]):
         for place, (_, k) in enumerate(rows):
             floor = gpu_figures.floor(shape, precision, backward=k.backward)
-            conflicts = f"{k.conflicts:,.0f} of {k.wavefronts:,.0f}"
-            if k.unknown:
-                conflicts += f", {k.unknown:,.0f} unknown"
             table.add_row(
                 "" if place else arch,
                 k.name + ("" if k.walks else " *"),
@@ -376,11 +373,20 @@ def _instructions_table(shape: Shape, precision: str, kernels: Sequence[tuple[st
                 f"{k.read:,.0f}",
                 f"{k.written:,.0f}",
                 ratio((k.read + k.written) / floor) if k.walks else "",
-                conflicts,
-                *([" ".join(f"{way:,.0f}" for way in k.ways[1:])] if branching else []),
+                f"{k.conflicts:,.0f} of {k.wavefronts:,.0f}",
             )
         table.add_section()
     return table
+
+
+def _notes(kernels: Sequence[tuple[str, Kernel]]) -> Iterator[str]:
+    """What the numbers of the table leave open."""
+    for arch, k in kernels:
+        if len(k.ways) > 1:
+            others = ", ".join(f"{way:,.0f}" for way in k.ways[1:])
+            yield f"{arch} {k.name}: data decides; counted is the way of ordinary inputs, the others take {others}"
+        if k.unknown:
+            yield f"{arch} {k.name}: {k.unknown:,.1f} accesses at addresses from data, taken as without conflict"
 
 
 def _model_table(shape: Shape, precision: str, rows: Sequence[Modelled]) -> Table:

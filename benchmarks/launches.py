@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autoint_fast import InteractingLayer, op
+from autoint_fast.dispatch import Call
 from autoint_fast.kernels import triton_engine, triton_launch
 from autoint_fast.kernels.triton_launch import Launch
 
@@ -44,16 +45,21 @@ def record(
 ) -> list[Recorded]:
     """The launches of one call, in order: the layer as it stands in a model, weights folded in the call.
 
-    arch: such as "sm_90". training: with the gradients of x and of all parameters.
+    arch: such as "sm_90". training: with the gradients of x and of all parameters. Raises ValueError with every reason
+    why the Triton engine does not run the shape.
     """
     dtype = torch_dtype(precision)
     layer = InteractingLayer(shape.n_head, shape.emb_size, backend="triton", device="meta", dtype=dtype)
     x = torch.empty(batch, shape.fields, shape.emb_size, dtype=dtype, device="meta", requires_grad=training)
+    layout = layer.layout(shape.fields)
     made: list[Launch] = []
     with _instead_of_launching(made), _pretended(arch, multiprocessors), tf32(precision == TF32):
+        reasons = triton_engine.unsupported(Call("cuda", dtype, shape.fields, layout, None))
+        if reasons:
+            raise ValueError(f"{shape}: {'; '.join(reasons)}")
         with torch.set_grad_enabled(training):
             # The layer's own forward would refuse tensors that are on no device of Triton's.
-            out = op.interact(x, layer.interaction(), layer.layout(shape.fields), None, "triton")
+            out = op.interact(x, layer.interaction(), layout, None, "triton")
         forward = len(made)
         if training:
             torch.autograd.grad(out, [x, *layer.parameters()], torch.empty_like(out))

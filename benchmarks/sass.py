@@ -158,16 +158,22 @@ class _Memory:
     def settle(self, trace: Trace) -> None:
         """Adds the different bytes of each argument to the trace."""
         for store, count in ((False, trace.read), (True, trace.written)):
+            accesses = {size: each for (kind, size), each in self._touched.items() if kind == store}
+            if not accesses:
+                continue
+            # In the largest pieces that no access cuts.
+            unit = min(accesses)
+            while any((addresses % np.uint64(unit)).any() for each in accesses.values() for addresses in each.values()):
+                unit //= 2
             pieces = [
-                (addresses[:, None] + np.arange(size, dtype=np.uint64)).ravel()
-                for (kind, size), accesses in self._touched.items()
-                if kind == store
-                for addresses in accesses.values()
+                (addresses[:, None] + np.arange(0, size, unit, dtype=np.uint64)).ravel()
+                for size, each in accesses.items()
+                for addresses in each.values()
             ]
-            if pieces:
-                regions, bytes_ = np.unique(np.unique(np.concatenate(pieces)) >> np.uint64(40), return_counts=True)
-                for region, size in zip(regions.tolist(), bytes_.tolist(), strict=True):
-                    count[self.owner.get(region, -1)] += size
+            touched = np.sort(np.concatenate(pieces))
+            regions = touched[np.diff(touched, prepend=0) != 0] >> np.uint64(40)
+            for region in np.flatnonzero(np.bincount(regions.astype(np.int64))).tolist():
+                count[self.owner.get(region, -1)] += unit * int((regions == region).sum())
 
 
 def wavefronts(addresses: NDArray[Any], bits: int) -> tuple[int, int]:
@@ -178,10 +184,10 @@ def wavefronts(addresses: NDArray[Any], bits: int) -> tuple[int, int]:
     """
     words = max(1, bits // 32)
     passes = conflicts = 0
-    for start in range(0, len(addresses), LANES // words):
-        group = addresses[start : start + LANES // words].astype(np.int64)
-        touched = np.unique((group[:, None] >> 2) + np.arange(words))
-        needed = int(np.bincount(touched % 32).max())
+    places = (addresses >> addresses.dtype.type(2)).tolist()
+    for start in range(0, len(places), LANES // words):
+        touched = {place + i for place in places[start : start + LANES // words] for i in range(words)}
+        needed = max(Counter(word % 32 for word in touched).values())
         passes += needed
         conflicts += needed - -(-len(touched) // 32)
     return passes, conflicts

@@ -35,6 +35,8 @@ from .contestants import Contestant, set_up
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # What they are given to write into they do not read.
 _OVERWRITE = ("copy_", "zero_", "fill_")
+# Of a tensor they take the shape.
+_FILLED = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 _FUSED_BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 _LAUNCHES = {_FUSED: 1, _FUSED_BACKWARD: 3}
@@ -78,6 +80,8 @@ class Traffic(TorchDispatchMode):
         self.launches += _LAUNCHES.get(name, 1)
         if name in _OVERWRITE:
             inputs = list(_distinct(args[1:]))
+        elif name in _FILLED:
+            inputs = []
         self.read += sum(map(stored_bytes, inputs))
         self.written += sum(map(stored_bytes, outputs))
         if name in _LAUNCHES:
