@@ -385,6 +385,8 @@ def _notes(kernels: Sequence[tuple[str, Kernel]]) -> Iterator[str]:
         if len(k.ways) > 1:
             others = ", ".join(f"{way:,.0f}" for way in k.ways[1:])
             yield f"{arch} {k.name}: data decides; counted is the way of ordinary inputs, the others take {others}"
+        if k.loops:
+            yield f"{arch} {k.name}: {k.loops} loops that data ends, counted with one trip each"
         if k.unknown:
             yield f"{arch} {k.name}: {k.unknown:,.1f} accesses at addresses from data, taken as without conflict"
 

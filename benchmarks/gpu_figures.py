@@ -34,7 +34,8 @@ class Kernel:
 
     grid: programs where there are samples enough. resident_warps, limit: as in `chips.occupancy`. issued:
     warp-instructions by opcode, on the path that ordinary inputs take. ways: their totals on each path that data could
-    choose, that one first. per_program: what a program issues before and after its samples.
+    choose, that one first. loops: on that path, those that data ends, of which each trip was taken to be the last.
+    per_program: what a program issues before and after its samples.
 
     read, written: bytes of the tensors that have a row per sample, each byte once. asked: the same program by program,
     what several programs read counted for each; the second-level cache is taken to keep it from the first to the last.
@@ -55,6 +56,7 @@ class Kernel:
     limit: str
     issued: dict[str, float]
     ways: list[float]
+    loops: int
     per_program: float
     read: float
     written: float
@@ -141,6 +143,7 @@ def _figures(launches: Callable[[int], list[Recorded]], place: int, shape: Shape
         limit=occupied.limit,
         issued={opcode: count / scale for opcode, count in sorted(step.issued.items())},
         ways=[total / scale for total in ways],
+        loops=len(step.loops),
         per_program=fixed,
         read=once(step.read),
         written=once(step.written),

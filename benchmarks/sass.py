@@ -33,6 +33,7 @@ from .offline import Binary, Instruction, Launch
 LANES = 32
 SECTOR = 32  # bytes: what the first-level cache asks the second-level cache for
 MOST_STEPS = 20_000_000
+MOST_CHOICES = 10_000
 # Of branches that hang on data, all combinations are tried; nobody writes kernels with many.
 MOST_ARMS = 16
 
@@ -54,7 +55,8 @@ class Trace:
     issued: warp-instructions by opcode. read, written: different bytes of each argument's memory. sectors: 32-byte
     pieces that loads and stores touch, access by access. wavefronts: passes through shared memory; conflicts: those
     more than the same words would take, spread evenly over the banks; unknown: accesses to shared or global memory
-    whose addresses hang on data. branches: those that hang on data, by address, and whether they were taken.
+    whose addresses hang on data. branches: those that hang on data, by address, and whether they were taken; loops: the
+    branches that end a loop and do, of which each trip was taken to be the last.
     """
 
     issued: Counter[str] = field(default_factory=Counter)
@@ -65,6 +67,7 @@ class Trace:
     conflicts: int = 0
     unknown: int = 0
     branches: dict[int, bool] = field(default_factory=dict)
+    loops: set[int] = field(default_factory=set)
 
     def __sub__(self, other: Trace) -> Trace:
         """What this program did beyond what `other` did, which did a part of the same."""
@@ -85,14 +88,26 @@ class Trace:
             *map(both, ("issued", "read", "written")),
             *(getattr(self, name) + sign * getattr(other, name) for name in numbers),
             self.branches,
+            self.loops | other.loops,
         )
+
+
+class Endless(ValueError):
+    """Data decides how often something runs, and the arms that branches were told to take lead round and round.
+
+    address: of the branch that was met too often. branches: as in `Trace`.
+    """
+
+    def __init__(self, name: str, address: int, branches: dict[int, bool]) -> None:
+        super().__init__(f"{name}: how often the code at {address:#x} runs hangs on data")
+        self.address, self.branches = address, branches
 
 
 def follow(binary: Binary, launch: Launch, program: int = 0, arms: Mapping[int, bool] | None = None) -> Trace:
     """What `program` of the launch's grid does, all its warps; `arms`: whether branches that hang on data are taken.
 
-    Those not named fall through. Raises ValueError where a loop's end hangs on data, or an argument is of no kind
-    that Triton passes.
+    Those not named fall through. Raises Endless where that never ends, and ValueError for an argument of no kind that
+    Triton passes, and for code that cannot be followed.
     """
     memory = _Memory(launch.args)
     bank = _constants(binary, launch, memory)
@@ -110,17 +125,24 @@ def ordinary_arms(binary: Binary, launch: Launch, program: int = 0) -> list[tupl
     inputs, such as the subtraction of the maximum in softmax, or the long way of a division, where it is not needed.
     """
     found: dict[tuple[tuple[int, bool], ...], Trace] = {}
-    waiting: list[dict[int, bool]] = [{}]
-    while waiting:
-        arms = waiting.pop()
-        trace = follow(binary, launch, program, arms)
-        key = tuple(sorted(trace.branches.items()))
-        if key in found:
-            continue
-        found[key] = trace
+    endless: dict[int, Endless] = {}
+    tried: list[dict[int, bool]] = [{}]
+    for arms in tried:  # which grows
+        try:
+            trace = follow(binary, launch, program, arms)
+            branches = trace.branches
+            found.setdefault(tuple(sorted(branches.items())), trace)
+        except Endless as error:
+            branches = error.branches
+            endless[error.address] = error
         if len(found) > MOST_ARMS:
             raise ValueError(f"{binary.name}: more than {MOST_ARMS} ways through it hang on data")
-        waiting += [{**trace.branches, address: not taken} for address, taken in trace.branches.items()]
+        others = ({**branches, address: not taken} for address, taken in branches.items())
+        tried += [other for other in others if other not in tried]
+    if not found:
+        raise next(iter(endless.values()))
+    for trace in found.values():
+        trace.loops |= endless.keys() & trace.branches.keys()
     ways = [(dict(key), trace) for key, trace in found.items()]
     return sorted(ways, key=lambda way: (maxima(way[1]), way[1].issued.total()))
 
@@ -453,6 +475,7 @@ class _Warp:
         self.flags: list[Flag] = [_NONE] * 16
         self.local: dict[int, Value] = {}
         self.calls: list[int] = []
+        self.choices: Counter[int] = Counter()
         self.seen: dict[tuple[bytes, int], tuple[int, int]] = {}
 
     def run(self) -> None:
@@ -475,7 +498,7 @@ class _Warp:
         else:
             place = max(issued, key=lambda place: issued[place])
             address = code[place].instruction.address
-            raise ValueError(f"{self.binary.name}: how often the code at {address:#x} runs hangs on data")
+            raise Endless(self.binary.name, address, trace.branches)
         for place, count in issued.items():
             trace.issued[code[place].instruction.opcode] += count
 
@@ -504,6 +527,9 @@ class _Warp:
 
     def arm(self, instruction: Instruction) -> bool:
         """Whether a branch that hangs on data is taken."""
+        self.choices[instruction.address] += 1
+        if self.choices[instruction.address] > MOST_CHOICES:
+            raise Endless(self.binary.name, instruction.address, self.trace.branches)
         return self.trace.branches.setdefault(instruction.address, self.arms.get(instruction.address, False))
 
     def shared_access(self, addresses: NDArray[np.uint64] | None, lanes: NDArray[np.bool_], bits: int) -> None:
@@ -621,8 +647,12 @@ def _jump(
             value = condition(warp)
             taken = None if taken is None or value is None else taken & value
         if taken is None:
-            # Leaving early is for what does not exist, never for what was loaded.
-            taken = lanes if name != "EXIT" and warp.arm(instruction) else _NONE
+            if target is not None and target <= place:
+                warp.trace.loops.add(instruction.address)
+                taken = _NONE
+            else:
+                # Leaving early is for what does not exist, never for what was loaded.
+                taken = lanes if name != "EXIT" and warp.arm(instruction) else _NONE
         onward: dict[int, NDArray[np.bool_]] = {}
         staying = lanes & ~taken
         if staying.any():

@@ -289,7 +289,7 @@ def test_a_long_division_is_not_ordinary() -> None:
     assert quick.issued["CALL.REL.NOINC"] == 0 and slow.issued["MUFU.RCP"] == slow.issued["EXIT"] == 1
 
 
-def test_a_loop_that_data_ends_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_data_ends_is_noticed() -> None:
     code = """
         LDC.64 R2, c[0x0][0x210]
         .L_again:
@@ -298,9 +298,29 @@ def test_a_loop_that_data_ends_cannot_be_counted(monkeypatch: pytest.MonkeyPatch
         @P0 BRA `(.L_again)
         EXIT
     """
-    monkeypatch.setattr(sass, "MOST_STEPS", 1000)
-    with pytest.raises(ValueError, match=r"k: how often the code at 0x\w+ runs hangs on data"):
-        sass.ordinary_arms(program(code, "*fp32"), launch(meta(8)))
+    ((arms, trace),) = sass.ordinary_arms(program(code, "*fp32"), launch(meta(8)))
+    assert arms == {} and len(trace.loops) == 1 and trace.issued["LDG.E"] == 1
+
+
+LEAVES = """
+    LDC.64 R2, c[0x0][0x210]
+    .L_again:
+    LDG.E R0, desc[UR4][R2.64]
+    ISETP.NE.AND P0, PT, R0, RZ, PT
+    @P0 BRA `(.L_out)
+    BRA `(.L_again)
+    .L_out:
+    EXIT
+"""
+
+
+def test_ways_that_never_end_are_left_out() -> None:
+    """A loop that is left from its middle runs for ever where data never says so."""
+    binary, call = program(LEAVES, "*fp32"), launch(meta(8))
+    with pytest.raises(sass.Endless, match=r"k: how often the code at 0x\w+ runs hangs on data"):
+        sass.follow(binary, call)
+    ((arms, trace),) = sass.ordinary_arms(binary, call)
+    assert list(arms.values()) == [True] and trace.loops == arms.keys() and trace.issued["LDG.E"] == 1
 
 
 def test_addresses_from_data_are_counted_as_unknown() -> None:
@@ -443,6 +463,7 @@ def kernel(name: str = "forward", *, backward: bool = False, walks: bool = True,
         "limit": "registers",
         "issued": {"FFMA": 100.0, "MUFU.EX2": 40.0, "BRA": 2.0},
         "ways": [142.0],
+        "loops": 0,
         "per_program": 50.0,
         "read": 1248.0,
         "written": 1248.0,
