@@ -237,9 +237,10 @@ HELD = (
 
 
 def summary(kernel: Kernel) -> dict[str, Any]:
-    """What the table keeps of a kernel."""
+    """What the table keeps of a kernel; accesses: to global memory."""
     figures = {name: getattr(kernel, name) for name in ("registers", "stack", "shared", "load_bits", "store_bits")}
     figures["instructions"] = round(kernel.total, 2)
+    figures["accesses"] = round(kernel.pipes["global"], 2)
     figures["bytes"] = round(kernel.read + kernel.written, 2)
     return figures
 
@@ -288,10 +289,11 @@ def complaints(held: Held, table: Mapping[str, Any], now: Mapping[str, Mapping[s
                 found.append(f"{name}: the widest {what} is of {wide} bits per thread, in the table {wider}")
         if table["triton"] != triton.__version__:
             continue
-        for what in ("instructions", "bytes"):
+        for what in ("instructions", "accesses", "bytes"):
             new, old = figures[what], before[name][what]
             if new > old * (1 + TOLERANCE):
-                found.append(f"{name}: {new:,} {what}, in the table {old:,}: {new / old - 1:+.1%}")
+                more = f": {new / old - 1:+.1%}" if old else ""
+                found.append(f"{name}: {new:,} {what}, in the table {old:,}{more}")
     return [f"{held}: {complaint}" for complaint in found]
 
 

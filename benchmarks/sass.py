@@ -751,13 +751,13 @@ def _compute(name: str, modifiers: Sequence[str], texts: Sequence[str]) -> _Comp
             return None
         constant = np.full(LANES, high << 16 | low, np.uint32)
         return lambda warp, last: ((constant,), ())
-    rule = _RULES.get(name)
-    if rule is None:
+    rule, understood = _RULES.get(name, (None, frozenset[str]()))
+    hints = frozenset(modifiers)
+    if rule is None or not hints <= understood:
         return None
     reads = [_source(text) for text in texts]
     uppers = [_upper(text) for text in texts]
     negative = [text.startswith("-") for text in texts]
-    hints = frozenset(modifiers)
 
     def compute(warp: _Warp, last: Sequence[Flag]) -> _Result:
         return rule(_Sources(warp, hints, reads, uppers, negative, last))
@@ -831,6 +831,8 @@ def _multiply_add(s: _Sources) -> _Result:
         if high is None:
             return (None, None), ()
         product, added = _product(a, b, unsigned), _u64(c, high)
+        for carry in s.last:
+            added = added + carry.astype(np.uint64)  # type: ignore[union-attr]
         total = product + added
         low, high = _halves(total)
         if "HI" in s.modifiers:
@@ -960,21 +962,26 @@ def _to_uniform(s: _Sources) -> _Result:
     return ((None if a is None else np.full(LANES, a[0], np.uint32)),), ()
 
 
-_RULES: Mapping[str, Callable[[_Sources], _Result]] = {
-    **dict.fromkeys(("IADD3", "VIADD", "IADD", "IADD32I", "IADD2"), _add),
-    "IMAD": _multiply_add,
-    "LEA": _shifted_add,
-    "SHF": _funnel,
-    "LOP3": _logic,
-    "SEL": _select,
-    **dict.fromkeys(("IMNMX", "VIMNMX"), _extreme),
-    **dict.fromkeys(("MOV", "MOV32I"), _move),
-    "PRMT": _bits_move,
-    "SGXT": _extend,
-    "BMSK": _mask,
-    "IABS": _absolute,
-    "SHFL": _shuffle,
-    "R2UR": _to_uniform,
+# Each with the modifiers it knows; with any other, the result is unknown.
+_RULES: Mapping[str, tuple[Callable[[_Sources], _Result], frozenset[str]]] = {
+    name: (rule, frozenset(modifiers.split()))
+    for names, rule, modifiers in (
+        ("IADD3 VIADD IADD IADD32I", _add, "X"),
+        ("IMAD", _multiply_add, "MOV IADD SHL U32 X WIDE HI"),
+        ("LEA", _shifted_add, "HI X SX32"),
+        ("SHF", _funnel, "L R U32 S32 U64 S64 HI W"),
+        ("LOP3", _logic, "LUT"),
+        ("SEL", _select, ""),
+        ("IMNMX VIMNMX", _extreme, "U32 S32"),
+        ("MOV MOV32I", _move, ""),
+        ("PRMT", _bits_move, ""),
+        ("SGXT", _extend, "U32"),
+        ("BMSK", _mask, ""),
+        ("IABS", _absolute, ""),
+        ("SHFL", _shuffle, "IDX BFLY"),
+        ("R2UR", _to_uniform, ""),
+    )
+    for name in names.split()
 }
 
 

@@ -196,6 +196,12 @@ def test_flags_travel_through_registers() -> None:
     assert not checked("PLOP3.LUT P0, PT, PT, PT, PT, 0x40, 0x0")
 
 
+def test_what_is_not_understood_is_unknown() -> None:
+    for odd in ("IADD3.SAT R2, R0, R0, RZ", "PRMT.F4E R2, R0, R0, R0", "POPC R2, R0", "MOV R2, |R0|"):
+        code = f"S2R R0, SR_TID.X\n{odd}\nLDS R4, [R2]\nEXIT"
+        assert sass.follow(program(code), launch()).unknown == 1, odd
+
+
 def test_constants_through_the_half_precision_unit() -> None:
     assert holds("HFMA2.MMA R8, -RZ, RZ, 1.875, 0", 0x3F800000)
     assert holds("HFMA2.MMA R8, -RZ, RZ, 0, 5.9604644775390625e-08", 1)
@@ -590,6 +596,7 @@ GOOD = {
     "load_bits": 128,
     "store_bits": 128,
     "instructions": 1000.0,
+    "accesses": 6.0,
     "bytes": 2496.0,
 }
 
@@ -601,6 +608,7 @@ GOOD = {
         ({"instructions": 1030.0, "registers": 255, "shared": 9999}, "", ""),
         ({"instructions": 900.0, "bytes": 2400.0}, "", ""),
         ({"instructions": 1031.0}, "forward: 1,031.0 instructions, in the table 1,000.0: +3.1%", ""),
+        ({"accesses": 20.0}, "forward: 20.0 accesses, in the table 6.0: +233.3%", ""),
         ({"bytes": 3744.0}, "forward: 3,744.0 bytes, in the table 2,496.0: +50.0%", ""),
         ({"stack": 8}, "forward: 8 bytes of stack: registers are spilled", "spilled"),
         ({"load_bits": 32}, "the widest load is of 32 bits per thread, in the table 128", "widest load"),
