@@ -95,7 +95,7 @@ CHIPS = MappingProxyType(
             Chip("H100", "sm_90", 132, 1.83e9, 3.35e12, 989.4e12, 494.7e12, _MMA_HOPPER, "[H100] [MMA]"),
             Chip("H200", "sm_90", 132, 1.83e9, 4.8e12, 989.4e12, 494.7e12, _MMA_HOPPER, "[H200] [MMA]"),
             Chip("L40S", "sm_89", 142, 2.52e9, 0.864e12, 362.05e12, 183e12, 1.0, "[L40S]"),
-            Chip("B200", "sm_100", 148, 1.98e9, 8e12, 2250e12, 1100e12, _MMA_BLACKWELL, "[B200], mma.sync assumed"),
+            Chip("B200", "sm_100", 148, 1.98e9, 8e12, 2250e12, 1125e12, _MMA_BLACKWELL, "[B200], mma.sync assumed"),
         )
     }
 )

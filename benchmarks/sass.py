@@ -202,7 +202,8 @@ def wavefronts(addresses: NDArray[Any], bits: int) -> tuple[int, int]:
     """Passes that an access to shared memory takes, and how many of them are conflicts.
 
     addresses: in bytes, of the active lanes in order. A pass serves 32 banks of 4 bytes, of each one word, to any
-    number of lanes; accesses of 8 bytes per lane go by half warps, of 16 by quarters.
+    number of lanes; accesses of 8 bytes per lane go by half warps, of 16 by quarters, so that no group of lanes needs
+    more than one pass but for conflicts.
     """
     words = max(1, bits // 32)
     passes = conflicts = 0
@@ -211,7 +212,7 @@ def wavefronts(addresses: NDArray[Any], bits: int) -> tuple[int, int]:
         touched = {place + i for place in places[start : start + LANES // words] for i in range(words)}
         needed = max(Counter(word % 32 for word in touched).values())
         passes += needed
-        conflicts += needed - -(-len(touched) // 32)
+        conflicts += needed - 1
     return passes, conflicts
 
 

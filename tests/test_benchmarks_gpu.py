@@ -110,10 +110,10 @@ def test_differences_and_sums_of_traces() -> None:
 
 def checked(body: str, *kinds: str, args: Sequence[Any] = ()) -> bool:
     """Whether P0 holds in every lane after `body`."""
-    code = f"{body}\n@!P0 BRA `(.L_end)\nMUFU.RCP R0, R0\n.L_end:\nEXIT"
+    code = f"{body}\n@!P0 BRA `(.L_not)\nMUFU.RCP R0, R0\nEXIT\n.L_not:\nMUFU.SIN R0, R0\nEXIT"
     trace = sass.follow(program(code, *kinds), launch(*args))
     assert not trace.branches
-    return trace.issued["MUFU.RCP"] == 1
+    return trace.issued["MUFU.SIN"] == 0
 
 
 word = st.integers(0, 2**32 - 1)
@@ -145,6 +145,21 @@ def test_wide_sums(a: int, b: int) -> None:
     assert holds(subtract, (a - b) % 2**64, a, b)
 
 
+@given(wide, wide, st.integers(1, 31))
+def test_wide_addresses(a: int, b: int, shift: int) -> None:
+    """a + (b << shift), as arrays are indexed."""
+    code = f"""MOV R2, {AT[2]}
+               MOV R3, {AT[3]}
+               MOV R4, {AT[0]}
+               LEA R8, P1, R2, R4, {shift:#x}
+               MOV R5, {AT[1]}
+               LEA.HI.X R9, R2, R5, R3, {shift:#x}, P1"""
+    assert holds(code, (a + (b << shift)) % 2**64, a, b)
+    narrow = code.replace("LEA.HI.X R9, R2, R5, R3", "LEA.HI.X.SX32 R9, R2, R5")
+    low = b % 2**32
+    assert holds(narrow, (a + ((low - 2**32 if low >> 31 else low) << shift)) % 2**64, a, b)
+
+
 @given(wide, wide)
 def test_wide_comparisons(a: int, b: int) -> None:
     for name, expected in {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}.items():
@@ -163,6 +178,8 @@ def test_integer_arithmetic(a: int, b: int, shift: int) -> None:
     put = f"MOV R2, {AT[0]}\nMOV R3, {AT[2]}\n"
     assert holds(put + "IMAD.WIDE.U32 R8, R2, R3, RZ\nMOV R9, R9", a * b, a, b)
     assert holds(put + "IMAD.WIDE R8, R2, R3, RZ\nMOV R9, R9", signed(a) * signed(b) % 2**64, a, b)
+    carried = put + "IADD3 R6, P1, R2, R3, RZ\nMOV R5, RZ\nMOV R4, RZ\nIMAD.WIDE.U32.X R8, R2, R3, R4, P1\nMOV R9, R9"
+    assert holds(carried, (a * b + (a + b >> 32)) % 2**64, a, b)
     assert holds(put + "IMAD R8, R2, R3, R2", (a * b + a) % 2**32, a, b)
     assert holds(put + "IMAD.HI.U32 R8, R2, R3, RZ", a * b >> 32, a, b)
     assert holds(put + f"LEA R8, R2, R3, {shift:#x}", ((a << shift) + b) % 2**32, a, b)
@@ -244,6 +261,19 @@ def test_guards_decide_what_is_accessed() -> None:
     """
     trace = sass.follow(program(code, "*fp32"), launch(meta(1000)))
     assert trace.written == {0: 80} and trace.sectors == 3 and trace.issued["STG.E.128"] == 2
+
+
+def test_guarded_results_are_of_some_lanes() -> None:
+    body = """S2R R0, SR_TID.X
+              ISETP.LT.AND P1, PT, R0, 0x5, PT
+              MOV R8, RZ
+              @P1 IADD3 R8, R0, 0x1, RZ
+              SEL R2, RZ, 0x1, !P1
+              IMAD R2, R2, R0, R2
+              ISETP.EQ.AND P0, PT, R2, R8, PT"""
+    assert checked(body)
+    assert not checked(body.replace("!P1", "P1"))
+    assert not checked(body.replace("@P1", "@!P1"))
 
 
 GUARDED_SOFTMAX = """
