@@ -315,6 +315,7 @@ def _show(
     moved: Sequence[Moved],
     measured: Sequence[Measured],
 ) -> None:
+    plain = {"highlight": False, "markup": False, "style": "dim"}
     for precision, group in groupby(found, key=lambda key: key[0]):
         kernels = [(arch, kernel) for _, arch in group for kernel in found[precision, arch]]
         console.print(_resources_table(shape, precision, kernels))
@@ -325,6 +326,8 @@ def _show(
         together = list(rows)
         console.print(_model_table(shape, precision, together))
         console.print(_calls_table(shape, precision, together))
+    for chip in dict.fromkeys(row.chip for row in models):
+        console.print(f"{chip}: as published, sources in benchmarks/chips.py: {CHIPS[chip].source}", **plain)
     for (precision, mode), group_ in groupby(moved, key=lambda row: (row.precision, row.mode)):
         console.print(_traffic_table(shape, precision, mode, list(group_)))
     if measured:
@@ -502,12 +505,16 @@ def draw(shape: Shape, models: Sequence[Modelled], moved: Sequence[Moved], targe
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(model.chip for model in models))
-    size = (1.6 + 3.6 * len(names), 4.6)
-    figure, axes = pyplot.subplots(1, len(names), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    grid = {"squeeze": False, "sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = pyplot.subplots(rows, columns, figsize=(1.8 + 3.8 * columns, 0.8 + 3.7 * rows), **grid)
+    for spare in axes.flat[len(names) :]:
+        spare.set_axis_off()
     colour = {name: pyplot.get_cmap("Set1")(i) for i, name in enumerate((OURS, *OTHERS))}
     intensities = [row.operations / row.bytes for row in moved]
     low, high = min(intensities) / 3, max(intensities) * 12
-    for panel, name in zip(axes[0], names, strict=True):
+    for panel, name in zip(axes.flat, names, strict=False):
         chip = CHIPS[name]
         steps = [low * (high / low) ** (i / 200) for i in range(201)]
         for label, peak, dashes in (
@@ -534,9 +541,9 @@ def draw(shape: Shape, models: Sequence[Modelled], moved: Sequence[Moved], targe
         panel.set_yscale("log")
         panel.set_xlim(low, high)
         panel.set_title(f"{name}, {chip.bandwidth / 1e12:.3g} TB/s", fontsize=9)
-        panel.set_xlabel("operations per byte of memory traffic")
         panel.grid(alpha=0.3, which="both", linewidth=0.4)
-    axes[0][0].set_ylabel("TFLOP/s")
+    figure.supxlabel("operations per byte of memory traffic", fontsize=9)
+    figure.supylabel("TFLOP/s", fontsize=9)
     lines = {line.get_label(): line for line in axes[0][0].get_lines() if not str(line.get_label()).startswith("_")}
     present = [name for name in (OURS, *OTHERS) if any(row.name == name for row in moved)]
     marks = {
