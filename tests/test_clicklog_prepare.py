@@ -28,7 +28,7 @@ from autoint_fast.clicklog import prepare as module
 from autoint_fast.clicklog import reader, vocabulary
 from autoint_fast.clicklog.encode import Encoder, ahead
 from autoint_fast.clicklog.prepare import Report, add_arguments, prepare
-from autoint_fast.clicklog.reader import CRITEO, CRITEO_CATEGORICAL, CRITEO_NUMERIC
+from autoint_fast.clicklog.reader import CRITEO, CRITEO_CATEGORICAL, CRITEO_NUMERIC, Columns, Malformed, read
 from autoint_fast.clicklog.schema import Schema
 from autoint_fast.clicklog.shards import SPLITS, Batch, Split
 
@@ -234,6 +234,32 @@ def test_equal_rows_are_in_one_split(tmp_path: Path) -> None:
     for split, batch in everything(tmp_path / "out").items():
         for row in torch.cat((batch.categorical, batch.numeric.nan_to_num(-99.0)), 1).tolist():
             assert seen.setdefault(tuple(row), split) == split
+
+
+def test_hashes_of_rows(tmp_path: Path) -> None:
+    """They tell columns apart, missing from zero, and nothing else from what is equal."""
+    columns = Columns("click", ("site", "user"), ("age", "price"))
+    rows = [
+        "1,a,b,3,4",
+        "1,b,a,3,4",
+        "1,a,b,4,3",
+        "1,,b,3,4",
+        "1,a,,3,4",
+        "1,a,b,0,4",
+        "1,a,b,,4",
+        "1,a,b,3,",
+        "1,ab,,3,4",
+    ]
+    same = ["0,a,b,3,4", "1,a,b,3.0,4e0", "1,a,b,-0,4"]
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join(["click,site,user,age,price", *rows, *same]))
+    (chunk,) = read(path, columns, Malformed())
+    found = module._row_hashes(chunk, columns).tolist()
+    assert len(set(found[: len(rows)])) == len(rows)
+    assert found[len(rows) :] == [found[0], found[0], found[5]]
+    other = Columns("click", ("user", "site"), ("price", "age"))
+    (chunk,) = read(path, other, Malformed())
+    assert module._row_hashes(chunk, other).tolist() == found
 
 
 def timed_csv(path: Path, times: Sequence[object]) -> Path:
