@@ -431,6 +431,20 @@ def test_parquet_numbers(tmp_path: Path, column: pa.Array) -> None:
     np.testing.assert_array_equal(found, [float(v) if v not in (None, "") else math.nan for v in column.to_pylist()])
 
 
+def test_a_row_group_is_not_read_at_once(tmp_path: Path) -> None:
+    rows = 1 << 20
+    numbers = np.random.default_rng(0).random(rows)
+    table = pa.table({"click": np.ones(rows, np.int8), "age": numbers, "price": numbers[::-1]})
+    path = tmp_path / "log.parquet"
+    pq.write_table(table, path, row_group_size=rows, use_dictionary=False, compression="none")
+    del table, numbers
+    before, most, found = pa.total_allocated_bytes(), 0, 0
+    for chunk in read(path, Columns("click", (), ("age", "price")), Malformed()):
+        most = max(most, pa.total_allocated_bytes() - before)
+        found += len(chunk)
+    assert found == rows and most < path.stat().st_size / 3
+
+
 @pytest.mark.parametrize("label", [[0, 1], [0.0, 1.0], [False, True], ["0", "1"]], ids=lambda v: type(v[0]).__name__)
 def test_parquet_labels(tmp_path: Path, label: list[object]) -> None:
     table = pa.table({"click": label, "site": ["a"] * 2, "user": ["b"] * 2, "age": [1, 2], "price": [1, 2]})

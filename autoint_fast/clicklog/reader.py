@@ -38,6 +38,7 @@ CRITEO = (CRITEO_LABEL, *CRITEO_NUMERIC, *CRITEO_CATEGORICAL)
 # About 17,000 rows of Criteo's log; also the longest row that can be read. Arrow reads 32 chunks ahead.
 CHUNK_BYTES = 4 << 20
 CHUNK_ROWS = 1 << 14
+PARQUET_BUFFER_BYTES = 1 << 20
 COMPRESSIONS = MappingProxyType({".gz": "gzip", ".zst": "zstd"})
 ENDINGS = MappingProxyType({".csv": "csv", ".parquet": "parquet", ".tsv": "criteo", ".txt": "criteo"})
 
@@ -180,7 +181,8 @@ class _Chunk(NamedTuple):
 def _parquet(
     path: Path, columns: Columns, format: str | None, label_required: bool, advance: Callable[[int], None]
 ) -> Iterator[_Chunk]:
-    with pq.ParquetFile(path) as file:
+    # Without a buffer, a whole column of a row group is read at a time, and a file may be one row group.
+    with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES) as file:
         needed = _needed(path, columns, file.schema_arrow.names, label_required)
         size, total, end = path.stat().st_size, file.metadata.num_rows, 0
         for batch in file.iter_batches(CHUNK_ROWS, columns=needed):
