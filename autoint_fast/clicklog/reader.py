@@ -181,8 +181,8 @@ class _Chunk(NamedTuple):
 def _parquet(
     path: Path, columns: Columns, format: str | None, label_required: bool, advance: Callable[[int], None]
 ) -> Iterator[_Chunk]:
-    # Without a buffer, a whole column of a row group is read at a time, and a file may be one row group.
-    with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES) as file:
+    # Otherwise whole columns of a row group are read at once, and a file may be one row group.
+    with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False) as file:
         needed = _needed(path, columns, file.schema_arrow.names, label_required)
         size, total, end = path.stat().st_size, file.metadata.num_rows, 0
         for batch in file.iter_batches(CHUNK_ROWS, columns=needed):
