@@ -355,7 +355,7 @@ def _check_out(out: Path, files: Sequence[Path], force: bool) -> None:
     if not any(out.iterdir()):
         return
     if not force:
-        raise FileExistsError(f"{out} is there already; force replaces it")
+        raise FileExistsError(f"{out} is there already; force (--force) replaces it")
     if not all((out / name).is_file() for name in (SCHEMA_FILE, MANIFEST_FILE)):
         raise FileExistsError(f"{out}: expected a folder that `prepare` wrote, got another, which is not replaced")
     if inside := [file for file in files if Path(os.path.realpath(file)).is_relative_to(out)]:
@@ -513,7 +513,7 @@ def _summary(report: Report) -> Iterator[str]:
         )
     if schema.numeric:
         yield f"{len(schema.numeric)} numeric columns: {schema.transform}"
-    yield str(report.out)
+    yield f"wrote {report.out}"
 
 
 def _counts(rows: Iterable[int]) -> str:
