@@ -40,8 +40,20 @@ and counts: registers, warp-instructions by pipe, bytes, bank conflicts. Models 
 do at best, and counts what PyTorch's layers launch and move. With a CUDA device, measures beside it. Prints tables,
 draws a roofline. --check compares with the table that is checked in, and exits with 1 where something is worse.
 """
+PREPARE = """\
+Makes a Criteo log of many rows from a small one, with new ids mixed in at Criteo's rate, prepares it, and tells rows per
+second and the memory that it took, by part.
+"""
 PLOT = "Draws the results of an earlier run."
-ABOUT = {"cpu": CPU, "families": FAMILIES, "flattened": FLATTENED, "gpu": GPU, "model": MODEL, "plot": PLOT}
+ABOUT = {
+    "cpu": CPU,
+    "families": FAMILIES,
+    "flattened": FLATTENED,
+    "gpu": GPU,
+    "model": MODEL,
+    "prepare": PREPARE,
+    "plot": PLOT,
+}
 COMMANDS = """\
 commands:
   python -m benchmarks cpu         the native engine against the limit of this CPU
@@ -49,6 +61,7 @@ commands:
   python -m benchmarks flattened   the Keras function's layer against its plain spelling
   python -m benchmarks gpu         what the launches cost on GPUs that need not be there
   python -m benchmarks model       whole models, from ids and numbers to the click
+  python -m benchmarks prepare     a click log of millions of rows, encoded
   python -m benchmarks plot CSV    draw the results of an earlier run
 """
 
@@ -74,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Only what is asked for: the GPU report needs Triton, which is not everywhere.
         module = importlib.import_module(f".{command or 'speed'}", __package__)
     except ModuleNotFoundError as error:
-        parser.error(f"{error}; the benchmarks need autoint_fast[bench]")
+        extras = "bench,train" if command == "prepare" else "bench"
+        parser.error(f"{error}; the benchmarks need autoint_fast[{extras}]")
     return module.main(arguments[bool(command) :], parser)  # type: ignore[no-any-return]
 
 
