@@ -386,8 +386,8 @@ def _notes(kernels: Sequence[tuple[str, Kernel]]) -> Iterator[str]:
     """What the numbers of the table leave open."""
     for arch, k in kernels:
         if len(k.ways) > 1:
-            others = ", ".join(f"{way:,.0f}" for way in k.ways[1:])
-            yield f"{arch} {k.name}: data decides; counted is the way of ordinary inputs, the others take {others}"
+            which = f"counted is the way of ordinary inputs, the other takes {k.ways[1]:,.0f}"
+            yield f"{arch} {k.name}: data decides; {which}"
         if k.loops:
             yield f"{arch} {k.name}: {k.loops} loops that data ends, counted with one trip each"
         if k.unknown:

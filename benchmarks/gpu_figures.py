@@ -33,9 +33,9 @@ class Kernel:
     They are per sample for a launch that walks over the samples (`walks`), else per launch.
 
     grid: programs where there are samples enough. resident_warps, limit: as in `chips.occupancy`. issued:
-    warp-instructions by opcode, on the path that ordinary inputs take. ways: their totals on each path that data could
-    choose, that one first. loops: on that path, those that data ends, of which each trip was taken to be the last.
-    per_program: what a program issues before and after its samples.
+    warp-instructions by opcode, on the path that ordinary inputs take. ways: their total on that path, and, where data
+    decides, on the one that takes the other arm everywhere. loops: on the ordinary path, those that data ends, of which
+    each trip was taken to be the last. per_program: what a program issues before and after its samples.
 
     read, written: bytes of the tensors that have a row per sample, each byte once. asked: the same program by program,
     what several programs read counted for each; the second-level cache is taken to keep it from the first to the last.

@@ -22,7 +22,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,6 @@ LANES = 32
 SECTOR = 32  # bytes: what the first-level cache asks the second-level cache for
 MOST_STEPS = 20_000_000
 MOST_CHOICES = 10_000
-# Of branches that hang on data, all combinations are tried; nobody writes kernels with many.
-MOST_ARMS = 16
 
 # A value in each lane, or None where it is unknown.
 Value = NDArray[np.uint32] | None
@@ -119,32 +117,45 @@ def follow(binary: Binary, launch: Launch, program: int = 0, arms: Mapping[int, 
 
 
 def ordinary_arms(binary: Binary, launch: Launch, program: int = 0) -> list[tuple[dict[int, bool], Trace]]:
-    """The ways through the program that data could choose, the ordinary one first.
+    """The way through the program that ordinary inputs take, and, where data decides, the way that takes the other arm
+    everywhere.
 
-    That is the way with the fewest maxima, then the fewest instructions: kernels leave out what guards against rare
-    inputs, such as the subtraction of the maximum in softmax, or the long way of a division, where it is not needed.
+    Ordinary is, branch by branch, the arm with fewer maxima, then with fewer instructions: kernels leave out what
+    guards against rare inputs, such as the subtraction of the maximum in softmax, or the long way of a division, where
+    it is not needed. Raises Endless where no such way ends.
     """
-    found: dict[tuple[tuple[int, bool], ...], Trace] = {}
     endless: dict[int, Endless] = {}
-    tried: list[dict[int, bool]] = [{}]
-    for arms in tried:  # which grows
+
+    def attempt(arms: dict[int, bool]) -> _Attempt:
         try:
             trace = follow(binary, launch, program, arms)
-            branches = trace.branches
-            found.setdefault(tuple(sorted(branches.items())), trace)
         except Endless as error:
-            branches = error.branches
             endless[error.address] = error
-        if len(found) > MOST_ARMS:
-            raise ValueError(f"{binary.name}: more than {MOST_ARMS} ways through it hang on data")
-        others = ({**branches, address: not taken} for address, taken in branches.items())
-        tried += [other for other in others if other not in tried]
-    if not found:
+            return _Attempt((1, 0, 0), error.branches, None)
+        return _Attempt((0, maxima(trace), trace.issued.total()), trace.branches, trace)
+
+    best, decided = attempt({}), set[int]()
+    while undecided := [address for address in best.branches if address not in decided]:
+        address = undecided[0]
+        decided.add(address)
+        other = attempt({**best.branches, address: not best.branches[address]})
+        if other.cost < best.cost:
+            best = other
+    if best.trace is None:
         raise next(iter(endless.values()))
-    for trace in found.values():
-        trace.loops |= endless.keys() & trace.branches.keys()
-    ways = [(dict(key), trace) for key, trace in found.items()]
-    return sorted(ways, key=lambda way: (maxima(way[1]), way[1].issued.total()))
+    ways = [best, attempt({address: not taken for address, taken in best.branches.items()})][: 1 + bool(best.branches)]
+    for way in ways:
+        if way.trace is not None:
+            way.trace.loops |= endless.keys() & way.branches.keys()
+    return [(dict(way.branches), way.trace) for way in ways if way.trace is not None]
+
+
+class _Attempt(NamedTuple):
+    """One way through a program, and what speaks against it: that it never ends, maxima, instructions."""
+
+    cost: tuple[int, int, int]
+    branches: dict[int, bool]
+    trace: Trace | None
 
 
 def maxima(trace: Trace) -> int:

@@ -306,6 +306,23 @@ def test_the_ordinary_way_has_no_maximum(swapped: bool) -> None:
     assert [list(arms.values()) for arms, _ in ways] == ([[True], [False]] if swapped else [[False], [True]])
 
 
+def test_branches_are_decided_one_by_one() -> None:
+    """Each sample's guard is a branch of its own: all of them are ordinary at once, or none is."""
+    guard = """
+        FSETP.GT.AND P0, PT, R0, 90, PT
+        @P0 BRA `(.L_exact{0})
+        FADD R1, R0, R0
+        BRA `(.L_done{0})
+        .L_exact{0}:
+        FMNMX R1, R0, R0, !PT
+        FADD R1, R1, R0
+        .L_done{0}:"""
+    text = "LDC.64 R2, c[0x0][0x210]\nLDG.E R0, desc[UR4][R2.64]" + "".join(map(guard.format, range(12))) + "\nEXIT"
+    (arms, ordinary), (_, exact) = sass.ordinary_arms(program(text, "*fp32"), launch(meta(8)))
+    assert len(arms) == 12 and not any(arms.values())
+    assert (sass.maxima(ordinary), sass.maxima(exact)) == (0, 12)
+
+
 def test_a_long_division_is_not_ordinary() -> None:
     code = """
         LDC.64 R2, c[0x0][0x210]
@@ -704,7 +721,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "modelled: custom 5x8x2, bf16: nanoseconds per sample at best",
         "modelled: custom 5x8x2, tf32: microseconds of a call",
         "counted: custom 5x8x2, bf16, forward+backward: traffic per sample",
-        "sm_80 forward: data decides; counted is the way of ordinary inputs, the others take 181",
+        "sm_80 forward: data decides; counted is the way of ordinary inputs, the other takes 181",
         "sm_80 forward: 2.5 accesses at addresses from data",
         "not measured: torch sees no CUDA device",
     ):
