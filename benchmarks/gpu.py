@@ -157,10 +157,15 @@ class Measured:
 def measure(
     shape: Shape, precision: str, batches: Sequence[int], models: Mapping[tuple[str, str, str], Modelled]
 ) -> list[Measured]:
-    """On the current CUDA device. models: by chip, precision and mode."""
+    """On the current CUDA device. models: by chip, precision and mode.
+
+    Other versions of a chip, with fewer multiprocessors, have no model; those with slower memory cannot be told.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    chip = next((known for known in CHIPS if known in name.replace(" ", "-").split("-")), "")
+    many = torch.cuda.get_device_properties(device).multi_processor_count
+    words = name.replace(" ", "-").split("-")
+    chip = next((known.name for known in CHIPS.values() if known.name in words and known.multiprocessors == many), "")
     # A buffer of one element flushes nothing: the call finds what the one before it left.
     clocks = timing.clock_for(str(device)), timing.CudaClock(torch.empty(1, device=device))
     rows = []
