@@ -764,8 +764,10 @@ def test_measured_beside_modelled(
 
 @pytest.mark.parametrize("multiprocessors", [132, 114])
 def test_measuring(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU that passes for an H100: every case is timed with the cache flushed, and as it is. The H100 of a PCIe card
-    is another chip."""
+    """On a CPU that passes for an H100: every case is timed with the cache flushed, and as it is.
+
+    The H100 of a PCIe card is another chip.
+    """
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=multiprocessors)
     )
