@@ -43,8 +43,8 @@ class Modelled:
     """A call on a chip by the model, in nanoseconds per sample of a large batch.
 
     busy: of each resource, summed over the launches. limit: the resource that the longest launch waits for. floor: what
-    the bytes that cannot be avoided take. batches: microseconds of a call by batch size, launches included. What programs
-    keep in memory of their own is taken to stay in the second-level cache.
+    the bytes that cannot be avoided take. batches: microseconds of a call by batch size, launches included. What
+    programs keep in memory of their own is taken to stay in the second-level cache.
     """
 
     chip: str
