@@ -32,6 +32,7 @@ from .offline import Binary, Instruction, Launch
 
 LANES = 32
 SECTOR = 32  # bytes: what the first-level cache asks the second-level cache for
+# What goes on longer than this has no end: instructions of a warp, and its visits to a branch that data decides.
 MOST_STEPS = 20_000_000
 MOST_CHOICES = 10_000
 
@@ -474,6 +475,15 @@ def _bytes_of_half(text: str) -> int:
 _Action = Callable[["_Warp", NDArray[np.bool_]], "dict[int, NDArray[np.bool_]] | None"]
 
 
+def _merged(before: Any, value: Any, lanes: NDArray[np.bool_] | None) -> Any:
+    """What is there after `value` was written in these lanes."""
+    if value is None or lanes is None:
+        return None
+    if lanes is _ALL or lanes.all():
+        return value
+    return None if before is None else np.where(lanes, value, before)
+
+
 class _Warp:
     """One warp: its registers, and the lanes at each place in the code."""
 
@@ -516,26 +526,13 @@ class _Warp:
 
     def write(self, number: int | None, value: Value, lanes: NDArray[np.bool_] | None) -> None:
         """In these lanes; None: unknown which."""
-        if number is None:
-            return
-        if lanes is not _ALL and value is not None:
-            before = self.values[number]
-            if lanes is None:
-                value = None
-            elif not lanes.all():
-                value = None if before is None else np.where(lanes, value, before)
-        self.values[number] = value
+        if number is not None:
+            self.values[number] = _merged(self.values[number], value, lanes)
 
     def write_flag(self, number: int | None, value: Flag, lanes: NDArray[np.bool_] | None) -> None:
-        if number is None:
-            return
-        if lanes is not _ALL and value is not None:
-            before = self.flags[number]
-            if lanes is None:
-                value = None
-            elif not lanes.all():
-                value = None if before is None else np.where(lanes, value, before)
-        self.flags[number] = value
+        """Likewise."""
+        if number is not None:
+            self.flags[number] = _merged(self.flags[number], value, lanes)
 
     def arm(self, instruction: Instruction) -> bool:
         """Whether a branch that hangs on data is taken."""
