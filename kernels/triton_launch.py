@@ -104,24 +104,25 @@ def dot_precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
 
 def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
     """The forward's cut. Resident: folded, merged, up to 64 fields of up to 16 columns; the rest is streamed."""
+    if precision == "tf32x4":
+        precision = "tf32x3"  # gradients need the product of the rests, see `triton_math.dot`
     fp32 = precision != "ieee"
     pack = packed_samples(n_fields)
     widest = max(layout.emb_size, layout.rank, layout.head_out)
     if not layout.factored and layout.output == MERGED and n_fields <= 4 * BLOCK and widest <= BLOCK:
-        pressed = fp32 and (n_fields > (3 if precision == "tf32" else 2) * BLOCK or mask_kind != MASK_NONE)
         return Config(
             precision,
             resident=True,
             pack=pack,
-            unroll=not fp32 or n_fields <= BLOCK,
-            hoist=layout.n_head <= 4 and not pressed,
+            unroll=n_fields <= {"ieee": 4, "tf32": 3, "tf32x3": 2}[precision] * BLOCK,
+            hoist=layout.n_head <= 4,
             maxnreg=255 if fp32 else None,
         )
     wide = widest > 2 * BLOCK
     narrow = not wide and max(layout.emb_size, layout.rank) <= BLOCK
     rows = 2 * BLOCK if narrow and n_fields > BLOCK else BLOCK
     # A mask of pairs takes as many registers as the scores.
-    pressed = mask_kind == MASK_PAIRS or (precision == "tf32x4" and mask_kind != MASK_NONE) or (fp32 and wide)
+    pressed = mask_kind == MASK_PAIRS or (precision == "tf32x3" and mask_kind != MASK_NONE) or (fp32 and wide)
     keys = BLOCK if pressed else 2 * BLOCK
     # Left to itself the compiler settles for fewer registers than these take, and spills.
     maxnreg = 255 if layout.factored or layout.output != MERGED else None
@@ -255,12 +256,12 @@ def forward_launch(
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
     cut = {"F": fields, "PACK": config.pack, "MASK": mask_kind, "RELU": layout.relu, **_dots(config, x.dtype)}
     args = (batch, *x.stride(), *mask_strides)
+    key_end, blocks = _key_blocks(fields, config.keys)
     if config.resident:
         cut |= {"UNROLL": config.unroll, "HOIST": config.hoist}
         kernel = triton_resident.forward_resident
-        args = (x, packed, mask_tensor, out, *args)
+        args = (x, packed, mask_tensor, out, *args, key_end)
     else:
-        key_end, blocks = _key_blocks(fields, config.keys)
         cut |= {"ROWS": config.rows, **blocks, **_form(layout)}
         kernel = triton_streaming.forward_streaming
         args = (x, packed, mask_tensor, out, projected, *args, key_end)

@@ -22,6 +22,8 @@ def _constant(value):
 BLOCK = _constant(16)  # the side of the smallest tensor-core tile
 LN2 = _constant(math.log(2.0))
 TF32_CENTRE = _constant(1.0 + 0.347 / 1024.0)
+# The smallest K of a dot of 32-bit operands.
+LEAST_K = _constant(8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16)
 NEG_INF = _constant(float("-inf"))
 INF = _constant(float("inf"))
 
@@ -39,36 +41,82 @@ PROJECTION = _constant(weights.PROJECTION)
 
 
 @triton.jit
+def cut_off(t):
+    """fp32 t without the bits that a TF32 operand does not have, as the tensor core cuts it."""
+    return (t.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _leading(t):
     """fp32 t to its leading 11 bits, nearest up to a tenth of the last of them."""
-    return ((t * TF32_CENTRE).to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return cut_off(t * TF32_CENTRE)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. PRECISION: "ieee" (16-bit operands too), "tf32", or "tf32x4" for fp32's accuracy.
+    """acc + a b. PRECISION: "ieee" (16-bit operands too), "tf32", or "tf32x3" and "tf32x4" for fp32's accuracy.
 
     The tensor core cuts a TF32 operand off after 10 bits of mantissa, which doubles the error of rounding and biases
     it. "tf32" therefore scales operands up by a third of their last bit first, which centres the error: its RMS is
     within 6% of rounding's, for one multiplication that infinities and NaN survive.
 
     "tf32x4" cuts each operand into its leading bits and the exact rest and sums all four TF32 products: without that
-    of the rests, gradients miss twice the error of fp32 by a few percent. Triton's own "tf32x3" also tests for
-    infinities, which the layer does not need: they spread as NaN either way.
+    of the rests, gradients miss twice the error of fp32 by a few percent; a forward does not, so "tf32x3" leaves it
+    out. Triton's own "tf32x3" also tests for infinities, which the layer does not need: they spread as NaN either way.
     """
     if PRECISION == "tf32":
         return tl.dot(a * TF32_CENTRE, b * TF32_CENTRE, acc, input_precision="tf32", out_dtype=acc.dtype)
-    elif PRECISION == "tf32x4":
+    elif PRECISION == "tf32x3" or PRECISION == "tf32x4":
         a_high = _leading(a)
         b_high = _leading(b)
         a_rest = (a - a_high) * TF32_CENTRE
         b_rest = (b - b_high) * TF32_CENTRE
-        acc = tl.dot(a_rest, b_rest, acc, input_precision="tf32", out_dtype=acc.dtype)
+        if PRECISION == "tf32x4":
+            acc = tl.dot(a_rest, b_rest, acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a_rest, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a_high, b_rest, acc, input_precision="tf32", out_dtype=acc.dtype)
         return tl.dot(a_high, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def operands(t, PRECISION: tl.constexpr):
+    """What `multiply` takes of t: t itself, or the leading bits and the exact rest, cut once for every use.
+
+    The rest has either sign, so what the tensor core cuts off it does not add up.
+    """
+    if PRECISION == "tf32x3" or PRECISION == "tf32x4":
+        high = _leading(t)
+        return (high, t - high)
+    else:
+        return (t,)
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b of `operands`, in the precisions of `dot`, but "tf32" without centring: see `centre`."""
+    if PRECISION == "tf32x3" or PRECISION == "tf32x4":
+        if PRECISION == "tf32x4":
+            acc = tl.dot(a[1], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
+        acc = tl.dot(a[1], b[0], acc, input_precision="tf32", out_dtype=acc.dtype)
+        acc = tl.dot(a[0], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
+        return tl.dot(a[0], b[0], acc, input_precision="tf32", out_dtype=acc.dtype)
+    else:
+        return tl.dot(a[0], b[0], acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def centre(t, TIMES: tl.constexpr, PRECISION: tl.constexpr):
+    """t scaled up by what so many cut TF32 operands lose on average; t in other precisions.
+
+    Which factor of a product is scaled does not matter, so that of several products can be had for one: scaled weights
+    leave the tiles of a sample alone.
+    """
+    if PRECISION == "tf32":
+        for _ in tl.static_range(TIMES):
+            t = t * TF32_CENTRE
+    return t
 
 
 # An fp32 accumulator holds columns (2t, 2t+1) of every 8 in thread t, while the left operand of the next TF32 dot
@@ -103,6 +151,58 @@ def restoring(i, REORDER: tl.constexpr):
     return i
 
 
+# The threads that share a row of an accumulator are four, and thread t holds of every 8 columns two. So if the columns
+# of a 16-wide tile stand in this order, thread t holds columns 4t to 4t+3: a load or store of its own, of 8 or 16 bytes,
+# with no way through shared memory. Weights are loaded in that order; a tile of x is loaded as it is and only renamed.
+
+
+@triton.jit
+def quad_order(i):
+    """The column that stands at position i of an accumulator."""
+    return (i % 8) // 2 * 4 + i // 8 * 2 + i % 2
+
+
+@triton.jit
+def quad_operand_order(i, REORDER: tl.constexpr):
+    """The column that `as_operand` of such an accumulator has at position i."""
+    if REORDER:
+        i = i % 4 * 4 + i // 4
+    return i
+
+
+@triton.jit
+def to_quads(t):
+    """The columns of t [R, 16] in the order `quad_order`."""
+    r: tl.constexpr = t.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(t, (r, 4, 2, 2)), (0, 2, 1, 3)), (r, 16))
+
+
+@triton.jit
+def from_quads(t):
+    """t [R, 16], whose columns are in the order `quad_order`, as it was."""
+    r: tl.constexpr = t.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(t, (r, 2, 4, 2)), (0, 2, 1, 3)), (r, 16))
+
+
+@triton.jit
+def left_operand(t, REORDER: tl.constexpr):
+    """The columns of t [R, 16] in the order `quad_operand_order`."""
+    r: tl.constexpr = t.shape[0]
+    if REORDER:
+        t = tl.reshape(tl.permute(tl.reshape(t, (r, 4, 4)), (0, 2, 1)), (r, 16))
+    return t
+
+
+@triton.jit
+def right_operand(t, REORDER: tl.constexpr):
+    """The transpose of `left_operand`. [16, R] (tl.trans would be sent through shared memory.)"""
+    r: tl.constexpr = t.shape[0]
+    if REORDER:
+        return tl.reshape(tl.permute(tl.reshape(t, (r, 4, 4)), (2, 1, 0)), (16, r))
+    else:
+        return tl.reshape(tl.permute(tl.reshape(t, (r, 4, 2, 2)), (2, 1, 3, 0)), (16, r))
+
+
 @triton.jit
 def reciprocal(t, EXACT: tl.constexpr):
     """1 / t for sums of exponentials (normal numbers, or NaN). Not EXACT: within 2^-21, a fifth of the work."""
@@ -125,6 +225,12 @@ def row_offsets(i, tile, batch, stride_b, stride_f, F: tl.constexpr, PACK: tl.co
 
 
 @triton.jit
+def column_run(RUN: tl.constexpr):
+    """0 to 15, of which a thread may access RUN at once. [16]"""
+    return tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), RUN), RUN)
+
+
+@triton.jit
 def load_rows(
     pointer,
     i,
@@ -137,9 +243,13 @@ def load_rows(
     F: tl.constexpr,
     WIDTH: tl.constexpr,
     PACK: tl.constexpr,
+    RUN: tl.constexpr = 16,
 ):
-    """Rows i and 16 columns from `first` on of a tile of a (B, F, WIDTH) tensor, zero where there is none. [R, 16]"""
-    e = tl.arange(0, BLOCK)
+    """Rows i and 16 columns from `first` on of a tile of a (B, F, WIDTH) tensor, zero where there is none. [R, 16]
+
+    A thread reads RUN columns at most.
+    """
+    e = column_run(RUN)
     offsets, exists = row_offsets(i, tile, batch, stride_b, stride_f, F, PACK)
     inside = exists[:, None]
     if WIDTH % BLOCK != 0:
@@ -220,27 +330,17 @@ def hide(scores, ceiling, rows, keys, F: tl.constexpr, PACK: tl.constexpr, MASK:
 
 
 @triton.jit
-def load_ceiling(
-    mask,
-    rows,
-    keys,
-    tile,
-    batch,
-    stride_b,
-    stride_q,
-    stride_k,
-    F: tl.constexpr,
-    PACK: tl.constexpr,
+def load_hidden(
+    mask, rows, keys, tile, batch, stride_b, stride_q, stride_k, F: tl.constexpr, PACK: tl.constexpr,
     MASK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The user's mask as the most a score may be, -inf where the key is hidden, else inf: [1, K] for MASK_KEYS,
-    [R, K] for MASK_PAIRS; for MASK_NONE nothing of use."""
+):  # fmt: skip
+    """The user's mask, not zero where the key is hidden: [1, K] for MASK_KEYS, [R, K] for MASK_PAIRS; for MASK_NONE
+    nothing of use."""
     if MASK == MASK_NONE:
-        hidden = tl.zeros((1, 1), tl.int8)
+        return tl.zeros((1, 1), tl.int8)
     elif MASK == MASK_KEYS:
         offsets, exists = row_offsets(keys, tile, batch, stride_b, stride_k, F, PACK)
-        hidden = tl.load(mask + offsets, mask=exists, other=0)[None, :]
+        return tl.load(mask + offsets, mask=exists, other=0)[None, :]
     else:
         offsets, exists = row_offsets(rows, tile, batch, stride_b, stride_q, F, PACK)
         if PACK == 1:
@@ -248,7 +348,16 @@ def load_ceiling(
         else:
             field = keys % (BLOCK // PACK)
         offsets = offsets[:, None] + field[None, :].to(tl.int64) * stride_k
-        hidden = tl.load(mask + offsets, mask=exists[:, None] & (field[None, :] < F), other=0)
+        return tl.load(mask + offsets, mask=exists[:, None] & (field[None, :] < F), other=0)
+
+
+@triton.jit
+def load_ceiling(
+    mask, rows, keys, tile, batch, stride_b, stride_q, stride_k, F: tl.constexpr, PACK: tl.constexpr,
+    MASK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The user's mask as the most a score may be: -inf where the key is hidden, else inf. As `load_hidden`."""
+    hidden = load_hidden(mask, rows, keys, tile, batch, stride_b, stride_q, stride_k, F, PACK, MASK)
     return tl.where(hidden != 0, NEG_INF, INF).to(ACC)
 
 

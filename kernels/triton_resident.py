@@ -1,7 +1,8 @@
-"""The forward of folded layouts with merged heads for short samples (F up to 64, E and O up to 16): x stays on chip as
+"""The forward of folded layouts with merged heads for short samples (F up to 64, E and O up to 16): x stays in registers as
 keys and values of every head.
 
-Several samples share a tile for F up to 8.
+Several samples share a tile for F up to 8. A sample whose softmax needs row maxima is computed once more, by
+`forward_rows` of the streaming kernel.
 """
 
 import triton
@@ -10,100 +11,114 @@ import triton.language as tl
 from .triton_math import (
     BLOCK,
     IDENTITY,
-    MASK_NONE,
+    LEAST_K,
     MASK_PAIRS,
+    MERGED,
     PROJECTION,
     as_operand,
-    dot,
-    finite,
-    hide,
+    centre,
+    from_quads,
+    left_operand,
     load_block,
-    load_ceiling,
     load_rows,
     load_vector,
-    poison,
+    multiply,
+    operands,
+    quad_operand_order,
+    quad_order,
     reordered,
-    restoring,
-    row_offsets,
-    row_reference,
-    row_scale,
-    score_start,
+    right_operand,
+    to_quads,
+)
+from .triton_streaming import forward_rows, store_output
+from .triton_unshifted import (
+    add_keys,
+    certain,
+    doubt_sums,
+    doubt_values,
+    no_doubt,
+    ones_of,
+    own_samples,
+    scales_of_rows,
+    start_scores,
+    sums_of_rows,
 )
 
 
 @triton.jit
+def _load_weight(
+    pointer, rows, stride, TIMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Operands of a matrix (ROWS, COLUMNS), its rows in an order and its columns as quads. TIMES: see `centre`."""
+    block = load_block(pointer, 0, 0, rows, quad_order(tl.arange(0, BLOCK)), stride, ROWS, COLUMNS)
+    return operands(centre(block, TIMES, PRECISION).to(DTYPE), PRECISION)
+
+
+@triton.jit
 def _load_head(
-    weights, h, E: tl.constexpr, H: tl.constexpr, O: tl.constexpr, REORDER: tl.constexpr, DTYPE: tl.constexpr
-):
-    """A_h [16, 16], c_h [16] and M_h [16, 16], in orders that fit `as_operand` of q and of z."""
+    weights, h, E: tl.constexpr, H: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr, REORDER: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A_h, c_h and M_h, made up for what is cut from x and A, then from q and x; and from x, z and M."""
     i = tl.arange(0, BLOCK)
-    restored = restoring(i, REORDER)
-    a = load_block(weights + h * E, 0, 0, i, restored, H * E, E, E)
-    c = load_vector(weights + E * H * E + h * E, 0, restored, E)
-    m = load_block(weights + (E + 1) * H * E + h * E * O, 0, 0, reordered(i, REORDER), i, O, E, O)
-    return a.to(DTYPE), c, m.to(DTYPE)
+    a = _load_weight(weights + h * E, quad_operand_order(i, REORDER), H * E, 4, E, E, PRECISION, DTYPE)
+    c = centre(load_vector(weights + E * H * E + h * E, 0, quad_order(i), E), 2, PRECISION)
+    m = weights + (E + 1) * H * E + h * E * O
+    return a, c, _load_weight(m, reordered(i, REORDER), O, 3, E, O, PRECISION, DTYPE)
 
 
 @triton.jit
 def _attend(
-    x_rows,  # [16, 16]
-    y,  # [16, 16] what the head's output is added to
+    y,  # [16, 16] what the head's output is added to, as quads
+    doubt,  # [16, 4]
+    x_left,  # operands of [16, 16]
     rows,  # [16]
-    keys_x,  # NB tiles [16, 16]
+    keys,  # NB operands of [16, 16], the last perhaps [16, 8]
     values,  # the same rows in the order `reordered`
-    ceilings,  # NB tiles [1 or 16, 16]
-    bad,  # [16]
-    a,
-    c,
-    m,
-    F: tl.constexpr,
-    NB: tl.constexpr,
+    ones,  # NB tiles [16 or 8, 8]
+    starts,  # NB tiles [16, 16 or 8]
+    head,
     PACK: tl.constexpr,
-    MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """One head for one block of rows; gives y and the rows' sums of exponentials (0: every key hidden)."""
-    dtype: tl.constexpr = x_rows.dtype
-    acc: tl.constexpr = y.dtype
-    q = dot(x_rows, a, tl.broadcast_to(c[None, :], (BLOCK, BLOCK)), PRECISION)
-    q = as_operand(q.to(dtype), REORDER)
-    scores = ()
-    for k in tl.static_range(NB):
-        keys = k * BLOCK + tl.arange(0, BLOCK)
-        s = score_start(rows, keys, F, PACK, (k + 1) * BLOCK <= F, acc)
-        s = dot(q, tl.trans(keys_x[k]), s, PRECISION)
-        scores = scores + (hide(s, ceilings[k], rows, keys, F, PACK, MASK),)
-    top = scores[0]
-    for k in tl.static_range(1, NB):
-        top = tl.maximum(top, scores[k])
-    reference = row_reference(tl.max(top, 1), MASK)[:, None]
-    total = tl.zeros((BLOCK, BLOCK), acc)
-    z = tl.zeros((BLOCK, BLOCK), acc)
-    for k in tl.static_range(NB):
-        p = tl.exp2(scores[k] - reference)
-        total += p
-        z = dot(as_operand(p.to(dtype), REORDER), values[k], z, PRECISION)
-    row_sum = tl.sum(total, 1)
-    z = z * row_scale(row_sum, MASK, EXACT)[:, None]
-    if PACK > 1:
-        z += bad[:, None]
-    return dot(as_operand(z.to(dtype), REORDER), m, y, PRECISION), row_sum
+    """One head for one block of rows."""
+    dtype: tl.constexpr = ones[0].dtype
+    a, c, m = head
+    c = tl.broadcast_to(c[None, :], (BLOCK, BLOCK))
+    if PRECISION == "tf32":
+        # An accumulator's registers are in another order than an operand's, so that something must move them: an
+        # addition does, and `fma` keeps the compiler from starting the dot with it.
+        q = multiply(x_left, a, tl.zeros((BLOCK, BLOCK), y.dtype), PRECISION)
+        q = tl.fma(q, tl.full((BLOCK, BLOCK), 1.0, y.dtype), c)
+    else:
+        q = multiply(x_left, a, c, PRECISION)
+    q = operands(as_operand(q.to(dtype), REORDER), PRECISION)
+    z = (tl.zeros((BLOCK, BLOCK), y.dtype),)
+    sums = tl.zeros((BLOCK, 8), y.dtype)
+    for k in tl.static_range(len(keys)):
+        counts = own_samples(rows, rows, PACK)
+        z, sums = add_keys(z, sums, (q,), (keys[k],), (values[k],), ones[k], starts[k], counts, PRECISION, REORDER)
+    total = sums_of_rows(sums)
+    doubt = doubt_sums(doubt, total, dtype)
+    z = (z[0] * scales_of_rows(total, EXACT)).to(dtype)
+    return multiply(operands(as_operand(z, REORDER), PRECISION), m, y, PRECISION), doubt
 
 
 @triton.jit
 def _forward_rows(
-    x_rows,
-    rows,
-    keys_x,
+    doubt,
+    x_rows,  # [16, 16]
+    rows,  # [16]
+    keys,
     values,
-    ceilings,  # NB tiles [1, 16] for MASK_KEYS
-    bad,
+    ones,
+    starts,  # NB tiles, () for MASK_PAIRS
     heads,
     r,
     b,
-    g,
     weights,
     mask,
     out,
@@ -118,7 +133,6 @@ def _forward_rows(
     O: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
-    NB: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,54 +141,35 @@ def _forward_rows(
     HOIST: tl.constexpr,
 ):
     """Every head for one block of rows, and the block's output stored."""
+    dtype: tl.constexpr = x_rows.dtype
+    acc: tl.constexpr = b.dtype
+    x_left = operands(left_operand(x_rows, REORDER), PRECISION)
     y = tl.broadcast_to(b[None, :], (BLOCK, BLOCK))
     if RESIDUAL == PROJECTION:
-        y = dot(x_rows, r, y, PRECISION)
+        y = multiply(x_left, r, y, PRECISION)
     elif RESIDUAL == IDENTITY:
-        y += x_rows.to(y.dtype)
-    row_sum = tl.zeros((BLOCK,), y.dtype)
+        y += to_quads(x_rows).to(acc)
     if MASK == MASK_PAIRS:
-        ceilings = ()
-        for k in tl.static_range(NB):
-            keys = k * BLOCK + tl.arange(0, BLOCK)
-            ceiling = load_ceiling(mask, rows, keys, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, y.dtype)
-            ceilings = ceilings + (ceiling,)
+        starts = ()
+        for k in tl.static_range(len(keys)):
+            fields = k * BLOCK + tl.arange(0, keys[k][0].shape[1])
+            starts = starts + (
+                start_scores(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc),
+            )  # fmt: skip
     if HOIST:
         for h in tl.static_range(H):
-            a, c, m = heads[h]
-            y, row_sum = _attend(
-                x_rows, y, rows, keys_x, values, ceilings, bad, a, c, m,
-                F, NB, PACK, MASK, PRECISION, REORDER, EXACT,
-            )  # fmt: skip
+            y, doubt = _attend(
+                y, doubt, x_left, rows, keys, values, ones, starts, heads[h], PACK, PRECISION, REORDER, EXACT
+            )
     else:
         for h in tl.range(H):
-            a, c, m = _load_head(weights, h, E, H, O, REORDER, x_rows.dtype)
-            y, row_sum = _attend(
-                x_rows, y, rows, keys_x, values, ceilings, bad, a, c, m,
-                F, NB, PACK, MASK, PRECISION, REORDER, EXACT,
-            )  # fmt: skip
-    store_output(y, row_sum, g, out, rows, 0, tile, batch, F, O, O, PACK, MASK, RELU)
-
-
-@triton.jit
-def store_output(
-    y, row_sum, g, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr,
-    PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr,
-):  # fmt: skip
-    """y [R, 16] or its relu into WIDTH columns of a contiguous (B, F, O), from their column `first` on; NaN stays NaN.
-
-    With a mask, g [16] is first added to the rows with a key to see.
-    """
-    if MASK != MASK_NONE:
-        y += tl.where((row_sum == 0.0)[:, None], 0.0, g[None, :])
-    o = first + tl.arange(0, BLOCK)
-    offsets, exists = row_offsets(rows, tile, batch, F * O, O, F, PACK)
-    inside = exists[:, None]
-    if WIDTH % BLOCK != 0:
-        inside = inside & (o[None, :] < WIDTH)
-    if RELU:
-        y = tl.where(y < 0.0, 0.0, y)
-    tl.store(out + offsets[:, None] + o[None, :], y.to(out.dtype.element_ty), mask=inside)
+            head = _load_head(weights, h, E, H, O, PRECISION, REORDER, dtype)
+            y, doubt = _attend(
+                y, doubt, x_left, rows, keys, values, ones, starts, head, PACK, PRECISION, REORDER, EXACT
+            )
+    doubt = doubt_values(doubt, y, dtype)
+    store_output(from_quads(y), out, rows, 0, tile, batch, F, O, O, PACK, RELU, 4)
+    return doubt
 
 
 @triton.jit
@@ -190,6 +185,7 @@ def forward_resident(
     m_sb,
     m_sq,
     m_sk,
+    key_end,  # as for the streaming kernel
     F: tl.constexpr,
     E: tl.constexpr,
     H: tl.constexpr,
@@ -206,51 +202,70 @@ def forward_resident(
     UNROLL: tl.constexpr,
     HOIST: tl.constexpr,
 ):
-    """Each program walks over tiles. UNROLL: row blocks unrolled. HOIST: the heads' weights stay in registers."""
+    """Each program walks over tiles. UNROLL: row blocks unrolled. HOIST: the heads' weights are kept on chip."""
     dtype: tl.constexpr = x.dtype.element_ty
     acc: tl.constexpr = weights.dtype.element_ty
     nb: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    # An eighth of a tile less of scores, where the last keys are so few.
+    tail: tl.constexpr = 8 if PACK == 1 and F - (nb - 1) * BLOCK <= 8 else BLOCK
+    # And of values, where a dot may be so short.
+    tail_k: tl.constexpr = tail if REORDER and tail >= LEAST_K else BLOCK
+    at_m: tl.constexpr = (E + 1) * H * E
     i = tl.arange(0, BLOCK)
     r = ()
     if RESIDUAL == PROJECTION:
-        r = load_block(weights + AT_R, 0, 0, i, i, O, E, O).to(dtype)
-    b = load_vector(weights + AT_B, 0, i, O)
-    g = load_vector(weights + AT_B + O, 0, i, O)
-    if MASK == MASK_NONE:
-        b += g
+        r = _load_weight(weights + AT_R, quad_operand_order(i, REORDER), O, 2, E, O, PRECISION, dtype)
+    b = load_vector(weights + AT_B, 0, quad_order(i), O) + load_vector(weights + AT_B + O, 0, quad_order(i), O)
+    ones = ()
+    for k in tl.static_range(nb):
+        order = k * BLOCK + reordered(tl.arange(0, tail_k if k == nb - 1 else BLOCK), REORDER)
+        ones = ones + (ones_of(order, F, F + BLOCK if PACK == 1 else BLOCK // PACK, dtype),)
     heads = ()
     if HOIST:
         for h in tl.static_range(H):
-            heads = heads + (_load_head(weights, h, E, H, O, REORDER, dtype),)
+            heads = heads + (_load_head(weights, h, E, H, O, PRECISION, REORDER, dtype),)
     for t in tl.range(tl.program_id(0), (batch + PACK - 1) // PACK, tl.num_programs(0)):
         tile = tl.cast(t, tl.int64)
-        keys_x = ()
+        blocks = ()
+        keys = ()
         values = ()
-        ceilings = ()
+        starts = ()
         for k in tl.static_range(nb):
-            x_k = load_rows(x, k * BLOCK + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+            x_k = load_rows(x, k * BLOCK + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
+            blocks = blocks + (x_k,)
             v_k = x_k
             if REORDER:
-                v = k * BLOCK + reordered(i, REORDER)
-                v_k = load_rows(x, v, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-            keys_x = keys_x + (x_k,)
-            values = values + (finite(v_k, PACK, acc),)
+                order = k * BLOCK + reordered(tl.arange(0, tail_k if k == nb - 1 else BLOCK), REORDER)
+                v_k = load_rows(x, order, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
+            values = values + (operands(v_k, PRECISION),)
+            if k == nb - 1 and tail == 8:
+                x_k, _ = tl.split(tl.permute(tl.reshape(x_k, (2, 8, BLOCK)), (1, 2, 0)))
+            keys = keys + (operands(right_operand(x_k, REORDER), PRECISION),)
             if MASK != MASK_PAIRS:
-                ceiling = load_ceiling(mask, i, k * BLOCK + i, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-                ceilings = ceilings + (ceiling,)
-        bad = poison(keys_x[0], PACK, acc)
+                fields = k * BLOCK + tl.arange(0, x_k.shape[0])
+                starts = starts + (start_scores(mask, i, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc),)
+        doubt = no_doubt(BLOCK)
         if UNROLL:
             for k in tl.static_range(nb):
-                _forward_rows(
-                    keys_x[k], k * BLOCK + i, keys_x, values, ceilings, bad, heads, r, b, g, weights, mask, out,
-                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER,
-                    EXACT, HOIST,
+                doubt = _forward_rows(
+                    doubt, blocks[k], k * BLOCK + i, keys, values, ones, starts, heads, r, b, weights, mask, out,
+                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
+                    HOIST,
                 )  # fmt: skip
         else:
             for first in tl.range(0, F, BLOCK):
-                x_rows = load_rows(x, first + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-                _forward_rows(
-                    x_rows, first + i, keys_x, values, ceilings, bad, heads, r, b, g, weights, mask, out,
-                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, nb, PACK, MASK, PRECISION, REORDER,
-                    EXACT, HOIST,
+                x_rows = load_rows(x, first + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
+                doubt = _forward_rows(
+                    doubt, x_rows, first + i, keys, values, ones, starts, heads, r, b, weights, mask, out,
+                    tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
+                    HOIST,
                 )  # fmt: skip
+        # As in `key_end`, that the bound is F is not for the compiler to know, or the rare path would not be a loop.
+        again = tl.where(certain(doubt, dtype), 0, key_end + (F - 1) % BLOCK + 1)
+        for first in tl.range(0, again, BLOCK):
+            tl.debug_barrier()
+            forward_rows(
+                x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, first + i, tile, batch, x_sb, x_sf, x_se,
+                m_sb, m_sq, m_sk, key_end, F, E, H, E, O, 0, MERGED, RESIDUAL, RELU, O, at_m, AT_R, AT_B, PACK, MASK,
+                PRECISION, REORDER, EXACT, BLOCK, BLOCK, 4,
+            )  # fmt: skip

@@ -21,6 +21,7 @@ from .triton_math import (
     NEG_INF,
     PROJECTION,
     as_operand,
+    column_run,
     dot,
     finite,
     hide,
@@ -37,15 +38,36 @@ from .triton_math import (
     row_scale,
     score_start,
 )
-from .triton_resident import store_output
 
 
 @triton.jit
-def load_chunks(pointer, rows, tile, batch, s_b, s_f, s_e, F: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr):
+def store_output(
+    y, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr,
+    RELU: tl.constexpr, RUN: tl.constexpr = 16,
+):  # fmt: skip
+    """y [R, 16] or its relu into WIDTH columns of a contiguous (B, F, O), from their column `first` on; NaN stays NaN.
+
+    A thread writes RUN columns at most.
+    """
+    o = first + column_run(RUN)
+    offsets, exists = row_offsets(rows, tile, batch, F * O, O, F, PACK)
+    inside = exists[:, None]
+    if WIDTH % BLOCK != 0:
+        inside = inside & (o[None, :] < WIDTH)
+    if RELU:
+        y = tl.where(y < 0.0, 0.0, y)
+    tl.store(out + offsets[:, None] + o[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_chunks(
+    pointer, rows, tile, batch, s_b, s_f, s_e, F: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr,
+    RUN: tl.constexpr = 16,
+):  # fmt: skip
     """Rows of a tile, as a tuple of 16-column chunks [R, 16]."""
     chunks = ()
     for e in tl.static_range(0, WIDTH, BLOCK):
-        chunks = chunks + (load_rows(pointer, rows, e, tile, batch, s_b, s_f, s_e, F, WIDTH, PACK),)
+        chunks = chunks + (load_rows(pointer, rows, e, tile, batch, s_b, s_f, s_e, F, WIDTH, PACK, RUN),)
     return chunks
 
 
@@ -128,14 +150,15 @@ def weighted(
 @triton.jit
 def load_keys(
     pointer, first, tile, batch, s_b, s_f, s_e, F: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
-    PACK: tl.constexpr, REORDER: tl.constexpr, ACC: tl.constexpr,
+    PACK: tl.constexpr, REORDER: tl.constexpr, ACC: tl.constexpr, RUN: tl.constexpr = 16,
 ):  # fmt: skip
     """The rows of a block of keys or values, and the same, finite, in the order `reordered`: chunks of D [K, 16]."""
     k = tl.arange(0, KEYS)
-    natural = load_chunks(pointer, first + k, tile, batch, s_b, s_f, s_e, F, D, PACK)
+    natural = load_chunks(pointer, first + k, tile, batch, s_b, s_f, s_e, F, D, PACK, RUN)
     ordered = natural
     if REORDER:
-        ordered = load_chunks(pointer, first + reordered(k, REORDER), tile, batch, s_b, s_f, s_e, F, D, PACK)
+        order = first + reordered(k, REORDER)
+        ordered = load_chunks(pointer, order, tile, batch, s_b, s_f, s_e, F, D, PACK, RUN)
     clean = ()
     for i in tl.static_range(len(ordered)):
         clean = clean + (finite(ordered[i], PACK, ACC),)
@@ -173,15 +196,18 @@ def _attend_keys(
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """One step of the online softmax, over the keys from `first` on."""
     acc: tl.constexpr = z[0].dtype
     fields = first + tl.arange(0, KEYS)
-    keys, ordered = load_keys(keys_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc)
+    keys, ordered = load_keys(
+        keys_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc, RUN
+    )
     values = keys
     if FACTORED:
         values, ordered = load_keys(
-            values_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc
+            values_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc, RUN
         )
     s = scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION)
     ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
@@ -231,6 +257,7 @@ def attend(
     REORDER: tl.constexpr,
     EXACT: tl.constexpr,
     ACC: tl.constexpr,
+    RUN: tl.constexpr = 16,
 ):
     """Over every key: what was subtracted from the scores, the rows' sums and their reciprocals, and, given dz,
     delta = sum over keys of P dP [R]; and z = P values.
@@ -248,18 +275,18 @@ def attend(
     for first in tl.range(0, key_end, KEYS):
         row_max, row_sum, delta, z = _attend_keys(
             q, d_z, row_max, row_sum, delta, z, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask,
-            tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, True, PACK, MASK, PRECISION, REORDER,
+            tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, True, PACK, MASK, PRECISION, REORDER, RUN,
         )  # fmt: skip
     row_max, row_sum, delta, z = _attend_keys(
         q, d_z, row_max, row_sum, delta, z, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask,
-        tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, False, PACK, MASK, PRECISION, REORDER,
+        tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, False, PACK, MASK, PRECISION, REORDER, RUN,
     )  # fmt: skip
     scale = row_scale(row_sum, MASK, EXACT)
     scaled = ()
     for i in tl.static_range(len(z)):
         scaled = scaled + (z[i] * scale[:, None],)
     if PACK > 1:
-        own_values = load_chunks(values_from, rows, key_tile, batch, k_sb, k_sf, k_se, F, D, PACK)
+        own_values = load_chunks(values_from, rows, key_tile, batch, k_sb, k_sf, k_se, F, D, PACK, RUN)
         bad = tl.zeros((BLOCK,), ACC)
         for i in tl.static_range(len(own_values)):
             bad += poison(own_values[i], PACK, ACC)
@@ -274,7 +301,7 @@ def attend(
 def _start_output(
     x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, first, F: tl.constexpr, E: tl.constexpr,
     O: tl.constexpr, RESIDUAL: tl.constexpr, HEAD_OUT: tl.constexpr, AT_R: tl.constexpr, AT_B: tl.constexpr,
-    PACK: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    PACK: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """All but the heads of the output's columns from `first` on, chunks of HEAD_OUT [R, 16]; g only without a mask."""
     i = tl.arange(0, BLOCK)
@@ -291,7 +318,8 @@ def _start_output(
                 y_o = dot(x_rows[e], r.to(x_rows[e].dtype), y_o, PRECISION)
         elif RESIDUAL == IDENTITY:
             columns = x + tl.cast(first, tl.int64) * x_se
-            y_o += load_rows(columns, rows, o, tile, batch, x_sb, x_sf, x_se, F, HEAD_OUT, PACK).to(y_o.dtype)
+            x_o = load_rows(columns, rows, o, tile, batch, x_sb, x_sf, x_se, F, HEAD_OUT, PACK, RUN)
+            y_o += x_o.to(y_o.dtype)
         y = y + (y_o,)
     return y
 
@@ -331,6 +359,7 @@ def _add_head(
     EXACT: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """y + z_h m_h, or y + z_h, and the rows' sums of exponentials (0: every key hidden)."""
     dtype: tl.constexpr = x_rows[0].dtype
@@ -341,7 +370,7 @@ def _add_head(
     q = queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER)
     _, row_sum, _, _, z = attend(
         q, (), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk, key_end,
-        F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype,
+        F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype, RUN,
     )  # fmt: skip
     if OUTPUT == BARE:
         added = ()
@@ -363,17 +392,20 @@ def _add_head(
 @triton.jit
 def _store_columns(
     y, row_sum, weights, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, HEAD_OUT: tl.constexpr,
-    AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr,
+    AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """The output's columns from `first` on, finished and stored."""
+    """The output's columns from `first` on, finished and stored: with a mask, g is missing for rows with a key to see."""
     i = tl.arange(0, BLOCK)
     for o in tl.static_range(len(y)):
-        g = load_vector(weights + AT_B + O + first, o * BLOCK, i, HEAD_OUT)
-        store_output(y[o], row_sum, g, out + first, rows, o * BLOCK, tile, batch, F, O, HEAD_OUT, PACK, MASK, RELU)
+        y_o = y[o]
+        if MASK != MASK_NONE:
+            g = load_vector(weights + AT_B + O + first, o * BLOCK, i, HEAD_OUT)
+            y_o += tl.where((row_sum == 0.0)[:, None], 0.0, g[None, :])
+        store_output(y_o, out + first, rows, o * BLOCK, tile, batch, F, O, HEAD_OUT, PACK, RELU, RUN)
 
 
 @triton.jit
-def _forward_rows(
+def forward_rows(
     x,
     weights,
     keys_from,
@@ -414,35 +446,36 @@ def _forward_rows(
     EXACT: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
+    RUN: tl.constexpr = 16,
 ):
     """Every head for one block of rows, stored at the end, or head by head where each has columns of its own."""
-    x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+    x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK, RUN)
     if OUTPUT == MERGED:
         y = _start_output(
             x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, 0,
-            F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION,
+            F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION, RUN,
         )  # fmt: skip
         row_sum = tl.zeros((rows.shape[0],), y[0].dtype)
         for h in tl.range(H):
             y, row_sum = _add_head(
                 y, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                 m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
-                EXACT, KEYS, TAIL,
+                EXACT, KEYS, TAIL, RUN,
             )  # fmt: skip
-        _store_columns(y, row_sum, weights, out, rows, 0, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU)
+        _store_columns(y, row_sum, weights, out, rows, 0, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN)
     else:
         for h in tl.range(H):
             first = h * HEAD_OUT
             y = _start_output(
                 x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, first,
-                F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION,
+                F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION, RUN,
             )  # fmt: skip
             y, row_sum = _add_head(
                 y, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                 m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
-                EXACT, KEYS, TAIL,
+                EXACT, KEYS, TAIL, RUN,
             )  # fmt: skip
-            _store_columns(y, row_sum, weights, out, rows, first, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU)
+            _store_columns(y, row_sum, weights, out, rows, first, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN)
 
 
 @triton.jit
@@ -494,7 +527,7 @@ def forward_streaming(
             i = tl.arange(0, BLOCK)
             project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
             for first in tl.range(0, tile_rows, ROWS):
-                _forward_rows(
+                forward_rows(
                     x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out,
                     first + tl.arange(0, ROWS), tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
                     F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION,
@@ -504,7 +537,7 @@ def forward_streaming(
     else:
         for t in tl.range(tl.program_id(0), tiles * row_blocks, tl.num_programs(0)):
             tile = tl.cast(t // row_blocks, tl.int64)
-            _forward_rows(
+            forward_rows(
                 x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, t % row_blocks * ROWS + tl.arange(0, ROWS),
                 tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL,
                 RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, KEYS, TAIL,

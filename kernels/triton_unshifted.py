@@ -1,0 +1,155 @@
+"""Softmax without subtracting row maxima, and how a kernel knows afterwards that it was safe.
+
+The maximum of a row only guards 2^s against overflow, and against a row of zeros. So P is computed as it comes, and the
+sums of its rows, which are needed anyway, tell whether anything was lost: within the bounds below every P was finite, and
+none that mattered was rounded to zero. Outside of them, or where a result is not finite, `doubt` says so, and the kernel
+computes the sample once more with maxima. Bounds on the scores themselves, by norms of A and x, cost more and are looser.
+
+The sums come from the tensor core, as the product of P and a tile of ones: of the very numbers that weigh the values.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_math import (
+    BLOCK,
+    MASK_NONE,
+    NEG_INF,
+    _constant,
+    as_operand,
+    cut_off,
+    load_hidden,
+    multiply,
+    reciprocal,
+)
+
+# Sums may be from 2^-40 to 2^40, as bits of fp32; P in fp16 is finite below 2^16 and loses bits below 2^-14, which does
+# not show in a sum of 1/4 or more.
+LEAST = _constant(0x2B800000)
+SPAN = _constant(0x53800000 - 0x2B800000)
+LEAST_FP16 = _constant(0x3E800000)
+SPAN_FP16 = _constant(0x47000000 - 0x3E800000)
+
+
+@triton.jit
+def no_doubt(ROWS: tl.constexpr):
+    """What `doubt_sums` and `doubt_values` start from. [R, 4]"""
+    return tl.zeros((ROWS, 4), tl.uint32)
+
+
+@triton.jit
+def doubt_sums(doubt, sums, DTYPE: tl.constexpr):
+    """doubt [R, 4], raised beyond SPAN where a sum [R, 4] is out of bounds or NaN.
+
+    Positive floats are ordered as their bits are, and what is below LEAST wraps around.
+    """
+    least: tl.constexpr = LEAST_FP16 if DTYPE == tl.float16 else LEAST
+    return tl.maximum(doubt, sums.to(tl.float32).to(tl.uint32, bitcast=True) - least)
+
+
+@triton.jit
+def doubt_values(doubt, t, DTYPE: tl.constexpr):
+    """doubt [R, 4], raised where four columns of t [R, 16] are not finite (or enormous).
+
+    Enough to look at where t is a product: a row of the left operand that is not finite spoils all of its columns.
+    """
+    r: tl.constexpr = t.shape[0]
+    even, _ = tl.split(tl.reshape(t, (r, 2, 4, 2)))
+    first, _ = tl.split(tl.permute(even, (0, 2, 1)))
+    return doubt_sums(doubt, tl.abs(first) + 1.0, DTYPE)
+
+
+@triton.jit
+def certain(doubt, DTYPE: tl.constexpr):
+    """Whether nothing was doubted; one number."""
+    span: tl.constexpr = SPAN_FP16 if DTYPE == tl.float16 else SPAN
+    return tl.max(tl.max(doubt, 1), 0) <= span
+
+
+@triton.jit
+def ones_of(keys, F: tl.constexpr, SLOT: tl.constexpr, DTYPE: tl.constexpr):
+    """1 for keys [K] that exist, 0 for those that pad a tile. [K, 8]"""
+    return tl.broadcast_to(tl.where(keys % SLOT < F, 1.0, 0.0).to(DTYPE)[:, None], (keys.shape[0], 8))
+
+
+@triton.jit
+def _widen(p):
+    """p [R, 8] and 8 columns of zeros."""
+    r: tl.constexpr = p.shape[0]
+    return tl.reshape(tl.permute(tl.join(p, tl.zeros_like(p)), (0, 2, 1)), (r, 16))
+
+
+@triton.jit
+def add_keys(
+    z,  # chunks of D [R, 16]
+    sums,  # [R, 8], all columns alike
+    q,  # chunks of D, operands of [R, 16]
+    keys,  # chunks of D, operands of [16, K]
+    values,  # chunks of D, operands of [K or 16, 16], in the order of the columns of `as_operand` of P
+    ones,  # [K or 16, 8], in the same order
+    start,  # [R, K] what the dot of scores starts from
+    counts,  # (), or which P are not to be zero [R, K]
+    PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
+):
+    """z + P values and sums + P ones, where P = 2^(start + q keys)."""
+    for i in tl.static_range(len(q)):
+        start = multiply(q[i], keys[i], start, PRECISION)
+    p = tl.exp2(start)
+    if len(counts) > 0:
+        p = tl.where(counts[0], p, 0.0)
+    p = as_operand(p.to(ones.dtype), REORDER)
+    if p.shape[1] < ones.shape[0]:
+        p = _widen(p)
+    parts = (p,)
+    if PRECISION == "tf32x3" or PRECISION == "tf32x4":
+        # Cut off, not rounded as in `operands`: sums lose the same, so what is lost on average does not matter.
+        high = cut_off(p)
+        parts = (high, p - high)
+    added = ()
+    for i in tl.static_range(len(z)):
+        added = added + (multiply(parts, values[i], z[i], PRECISION),)
+    precision: tl.constexpr = "tf32" if REORDER else PRECISION
+    for i in tl.static_range(len(parts)):
+        sums = tl.dot(parts[len(parts) - 1 - i], ones, sums, input_precision=precision, out_dtype=sums.dtype)
+    return added, sums
+
+
+@triton.jit
+def sums_of_rows(sums):
+    """sums [R, 8], all columns alike, as [R, 4]: one number for each thread that has part of a row."""
+    r: tl.constexpr = sums.shape[0]
+    total, _ = tl.split(tl.reshape(sums, (r, 4, 2)))
+    return total
+
+
+@triton.jit
+def scales_of_rows(total, EXACT: tl.constexpr):
+    """1 / total [R, 4], as [R, 16]."""
+    r: tl.constexpr = total.shape[0]
+    scale = reciprocal(total, EXACT)
+    return tl.reshape(tl.broadcast_to(scale[:, None, :, None], (r, 2, 4, 2)), (r, 16))
+
+
+@triton.jit
+def start_scores(
+    mask, rows, keys, tile, batch, stride_b, stride_q, stride_k, F: tl.constexpr, PACK: tl.constexpr,
+    MASK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What the dot of scores starts from: 0, or -inf where the user's mask hides the key. [R, K]"""
+    if MASK == MASK_NONE:
+        return tl.zeros((rows.shape[0], keys.shape[0]), ACC)
+    else:
+        hidden = load_hidden(mask, rows, keys, tile, batch, stride_b, stride_q, stride_k, F, PACK, MASK)
+        start = tl.where(hidden != 0, NEG_INF, 0.0).to(ACC)
+        return tl.broadcast_to(start, (rows.shape[0], keys.shape[0]))
+
+
+@triton.jit
+def own_samples(rows, keys, PACK: tl.constexpr):
+    """As `counts` of `add_keys`: which keys of a packed tile are of the row's sample."""
+    if PACK > 1:
+        slot: tl.constexpr = BLOCK // PACK
+        return (rows[:, None] // slot == keys[None, :] // slot,)
+    else:
+        return ()
