@@ -63,6 +63,7 @@ class Config:
 
     precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or "tf32x4" for fp32's own accuracy.
     resident: a tile's x stays on chip (forward only), else keys are streamed.
+    shifted: streaming forwards: row maxima are subtracted at once, not only where there is need.
     pack: samples that share a tile.
     unroll, hoist: resident kernels: row blocks unrolled, heads' weights kept in registers.
     rows, keys: streaming kernels: the blocks.
@@ -72,6 +73,7 @@ class Config:
 
     precision: str
     resident: bool = False
+    shifted: bool = False
     pack: int = 1
     unroll: bool = False
     hoist: bool = False
@@ -110,13 +112,22 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     pack = packed_samples(n_fields)
     widest = max(layout.emb_size, layout.rank, layout.head_out)
     if not layout.factored and layout.output == MERGED and n_fields <= 4 * BLOCK and widest <= BLOCK:
+        # Unrolled, row blocks share what they read of the weights; registers last for so many, and for a mask of pairs
+        # for one only.
+        most = 1 if mask_kind == MASK_PAIRS else {"ieee": 4, "tf32": 3, "tf32x3": 1}[precision]
+        if precision == "ieee":
+            hoist = layout.n_head <= 4
+        else:
+            full = layout.emb_size == layout.out_size == BLOCK
+            hoist = layout.n_head <= 2 and full and (precision == "tf32" or mask_kind == MASK_NONE)
         return Config(
             precision,
             resident=True,
             pack=pack,
-            unroll=n_fields <= {"ieee": 4, "tf32": 3, "tf32x3": 2}[precision] * BLOCK,
-            hoist=layout.n_head <= 4,
-            maxnreg=255 if fp32 else None,
+            unroll=n_fields <= most * BLOCK,
+            hoist=hoist,
+            # Of its own accord the compiler stops at 168, which here leaves room for half as many warps again.
+            maxnreg=None if precision == "ieee" and n_fields > BLOCK and mask_kind == MASK_NONE else 255,
         )
     wide = widest > 2 * BLOCK
     narrow = not wide and max(layout.emb_size, layout.rank) <= BLOCK
@@ -124,9 +135,11 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     # A mask of pairs takes as many registers as the scores.
     pressed = mask_kind == MASK_PAIRS or (precision == "tf32x3" and mask_kind != MASK_NONE) or (fp32 and wide)
     keys = BLOCK if pressed else 2 * BLOCK
+    # Operands cut once, and what a second path needs, take more registers than several chunks leave.
+    shifted = widest > BLOCK
     # Left to itself the compiler settles for fewer registers than these take, and spills.
-    maxnreg = 255 if layout.factored or layout.output != MERGED else None
-    return Config(precision, pack=pack, rows=rows, keys=keys, maxnreg=maxnreg)
+    maxnreg = 255 if not shifted or layout.factored or layout.output != MERGED else None
+    return Config(precision, shifted=shifted, pack=pack, rows=rows, keys=keys, maxnreg=maxnreg)
 
 
 def backward_config(n_fields: int, precision: str, mask_kind: int) -> Config:
@@ -262,7 +275,7 @@ def forward_launch(
         kernel = triton_resident.forward_resident
         args = (x, packed, mask_tensor, out, *args, key_end)
     else:
-        cut |= {"ROWS": config.rows, **blocks, **_form(layout)}
+        cut |= {"ROWS": config.rows, "SHIFTED": config.shifted, **blocks, **_form(layout)}
         kernel = triton_streaming.forward_streaming
         args = (x, packed, mask_tensor, out, projected, *args, key_end)
     grid = (forward_programs(batch, fields, layout, config, target),)

@@ -2,7 +2,7 @@
 keys and values of every head.
 
 Several samples share a tile for F up to 8. A sample whose softmax needs row maxima is computed once more, by
-`forward_rows` of the streaming kernel.
+`recompute` of the streaming kernel.
 """
 
 import triton
@@ -30,10 +30,9 @@ from .triton_math import (
     right_operand,
     to_quads,
 )
-from .triton_streaming import forward_rows, store_output
+from .triton_streaming import recompute, store_output
 from .triton_unshifted import (
     add_keys,
-    certain,
     doubt_sums,
     doubt_values,
     no_doubt,
@@ -168,7 +167,7 @@ def _forward_rows(
                 y, doubt, x_left, rows, keys, values, ones, starts, head, PACK, PRECISION, REORDER, EXACT
             )
     doubt = doubt_values(doubt, y, dtype)
-    store_output(from_quads(y), out, rows, 0, tile, batch, F, O, O, PACK, RELU, 4)
+    store_output(from_quads(y), out, rows, 0, (), tile, batch, F, O, O, PACK, RELU, 4)
     return doubt
 
 
@@ -231,12 +230,14 @@ def forward_resident(
         values = ()
         starts = ()
         for k in tl.static_range(nb):
-            x_k = load_rows(x, k * BLOCK + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
+            # Blocks that differ by a number alone share the registers of their rows' addresses.
+            x_from = x + tl.cast(x_sf, tl.int64) * (k * BLOCK)
+            x_k = load_rows(x_from, i, 0, tile, batch, x_sb, x_sf, x_se, F - k * BLOCK, E, PACK, 4)
             blocks = blocks + (x_k,)
             v_k = x_k
             if REORDER:
-                order = k * BLOCK + reordered(tl.arange(0, tail_k if k == nb - 1 else BLOCK), REORDER)
-                v_k = load_rows(x, order, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
+                order = reordered(tl.arange(0, tail_k if k == nb - 1 else BLOCK), REORDER)
+                v_k = load_rows(x_from, order, 0, tile, batch, x_sb, x_sf, x_se, F - k * BLOCK, E, PACK, 4)
             values = values + (operands(v_k, PRECISION),)
             if k == nb - 1 and tail == 8:
                 x_k, _ = tl.split(tl.permute(tl.reshape(x_k, (2, 8, BLOCK)), (1, 2, 0)))
@@ -247,6 +248,9 @@ def forward_resident(
         doubt = no_doubt(BLOCK)
         if UNROLL:
             for k in tl.static_range(nb):
+                if PRECISION == "tf32" and k > 0:
+                    # Or the compiler keeps all weights in registers for all blocks, and spills.
+                    tl.debug_barrier()
                 doubt = _forward_rows(
                     doubt, blocks[k], k * BLOCK + i, keys, values, ones, starts, heads, r, b, weights, mask, out,
                     tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
@@ -260,12 +264,8 @@ def forward_resident(
                     tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
                     HOIST,
                 )  # fmt: skip
-        # As in `key_end`, that the bound is F is not for the compiler to know, or the rare path would not be a loop.
-        again = tl.where(certain(doubt, dtype), 0, key_end + (F - 1) % BLOCK + 1)
-        for first in tl.range(0, again, BLOCK):
-            tl.debug_barrier()
-            forward_rows(
-                x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, first + i, tile, batch, x_sb, x_sf, x_se,
-                m_sb, m_sq, m_sk, key_end, F, E, H, E, O, 0, MERGED, RESIDUAL, RELU, O, at_m, AT_R, AT_B, PACK, MASK,
-                PRECISION, REORDER, EXACT, BLOCK, BLOCK, 4,
-            )  # fmt: skip
+        recompute(
+            doubt, x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, 0, key_end + (F - 1) % BLOCK + 1, tile, batch,
+            x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, E, O, 0, MERGED, RESIDUAL, RELU, O, at_m, AT_R, AT_B,
+            PACK, MASK, PRECISION, REORDER, EXACT,
+        )  # fmt: skip

@@ -21,6 +21,7 @@ from .triton_math import (
     NEG_INF,
     PROJECTION,
     as_operand,
+    centre,
     column_run,
     dot,
     finite,
@@ -29,28 +30,46 @@ from .triton_math import (
     load_ceiling,
     load_rows,
     load_vector,
+    operands,
     own_keys,
     poison,
+    quad_order,
     reordered,
     restoring,
+    right_operand,
     row_offsets,
     row_reference,
     row_scale,
     score_start,
 )
+from .triton_unshifted import (
+    add_keys,
+    certain,
+    doubt_sums,
+    doubt_values,
+    doubtful_samples,
+    no_doubt,
+    ones_of,
+    own_samples,
+    scales_of_rows,
+    start_scores,
+    sums_of_rows,
+)
 
 
 @triton.jit
 def store_output(
-    y, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr, PACK: tl.constexpr,
-    RELU: tl.constexpr, RUN: tl.constexpr = 16,
+    y, out, rows, first, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr,
+    PACK: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """y [R, 16] or its relu into WIDTH columns of a contiguous (B, F, O), from their column `first` on; NaN stays NaN.
 
-    A thread writes RUN columns at most.
+    wanted: (), or of which rows [R]. A thread writes RUN columns at most.
     """
     o = first + column_run(RUN)
     offsets, exists = row_offsets(rows, tile, batch, F * O, O, F, PACK)
+    if len(wanted) > 0:
+        exists = exists & wanted[0]
     inside = exists[:, None]
     if WIDTH % BLOCK != 0:
         inside = inside & (o[None, :] < WIDTH)
@@ -104,11 +123,15 @@ def queries(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
+    QUADS: tl.constexpr = False,
 ):
-    """q_h = x A_h + c_h as chunks of D [R, 16], each ready to be the left operand of a dot."""
+    """q_h = x A_h + c_h as chunks of D [R, 16], each ready to be the left operand of a dot.
+
+    Its columns are in their natural order, or, as QUADS, in that of `right_operand`.
+    """
     n_rows: tl.constexpr = x_rows[0].shape[0]
     dtype: tl.constexpr = x_rows[0].dtype
-    columns = restoring(i, REORDER)
+    columns = quad_order(i) if QUADS else restoring(i, REORDER)
     q = ()
     for j in tl.static_range(0, D, BLOCK):
         c = load_vector(weights + E * H * D + h * D, j, columns, D)
@@ -298,6 +321,113 @@ def attend(
 
 
 @triton.jit
+def _attend_keys_unshifted(
+    z,  # chunks of D [R, 16]
+    sums,  # [R, 8]
+    q,  # chunks of D, operands of [R, 16]
+    first,
+    rows,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
+    mask,
+    tile,
+    batch,
+    m_sb,
+    m_sq,
+    m_sk,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    FACTORED: tl.constexpr,
+    KEYS: tl.constexpr,
+    THERE: tl.constexpr,
+    PACK: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """One step over the keys from `first` on, of which THERE exist; packed, of each sample's."""
+    k = tl.arange(0, KEYS)
+    order = reordered(k, REORDER)
+    # Rows of the block and a number for all of it: of the addresses only the number is new in each step.
+    skipped = tl.cast(first, tl.int64) * k_sf
+    natural = load_chunks(keys_from + skipped, k, key_tile, batch, k_sb, k_sf, k_se, THERE, D, PACK, RUN)
+    ordered = natural
+    if FACTORED or REORDER:
+        ordered = load_chunks(values_from + skipped, order, key_tile, batch, k_sb, k_sf, k_se, THERE, D, PACK, RUN)
+    keys = ()
+    values = ()
+    for i in tl.static_range(len(natural)):
+        keys = keys + (operands(right_operand(natural[i], REORDER), PRECISION),)
+        values = values + (operands(ordered[i], PRECISION),)
+    start = start_scores(mask, rows, first + k, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, sums.dtype)
+    ones = ones_of(order, THERE, KEYS if PACK == 1 else BLOCK // PACK, natural[0].dtype)
+    return add_keys(z, sums, q, keys, values, ones, start, own_samples(rows, k, PACK), PRECISION, REORDER)
+
+
+@triton.jit
+def attend_unshifted(
+    q,  # chunks of D [R, 16], as QUADS of `queries`
+    doubt,  # [R, 4]
+    rows,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
+    mask,
+    tile,
+    batch,
+    m_sb,
+    m_sq,
+    m_sk,
+    key_end,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    FACTORED: tl.constexpr,
+    KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
+    PACK: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
+    EXACT: tl.constexpr,
+    ACC: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """As `attend`, without row maxima: z, and doubt of it."""
+    n_rows: tl.constexpr = q[0].shape[0]
+    dtype: tl.constexpr = q[0].dtype
+    left = ()
+    z = ()
+    for i in tl.static_range(len(q)):
+        left = left + (operands(centre(q[i], 2, PRECISION), PRECISION),)
+        z = z + (tl.zeros((n_rows, BLOCK), ACC),)
+    sums = tl.zeros((n_rows, 8), ACC)
+    for first in tl.range(0, key_end, KEYS):
+        z, sums = _attend_keys_unshifted(
+            z, sums, left, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+            m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, KEYS, PACK, MASK, PRECISION, REORDER, RUN,
+        )  # fmt: skip
+    z, sums = _attend_keys_unshifted(
+        z, sums, left, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+        m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, PRECISION, REORDER, RUN,
+    )  # fmt: skip
+    total = sums_of_rows(sums)
+    doubt = doubt_sums(doubt, total, dtype)
+    scale = centre(scales_of_rows(total, EXACT), 1, PRECISION)
+    scaled = ()
+    for i in tl.static_range(len(z)):
+        scaled = scaled + (z[i] * scale,)
+    return scaled, doubt
+
+
+@triton.jit
 def _start_output(
     x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, first, F: tl.constexpr, E: tl.constexpr,
     O: tl.constexpr, RESIDUAL: tl.constexpr, HEAD_OUT: tl.constexpr, AT_R: tl.constexpr, AT_B: tl.constexpr,
@@ -327,6 +457,7 @@ def _start_output(
 @triton.jit
 def _add_head(
     y,  # chunks of HEAD_OUT [R, 16]
+    doubt,  # [R, 4]
     x_rows,
     h,
     rows,
@@ -359,19 +490,27 @@ def _add_head(
     EXACT: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
+    SHIFTED: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """y + z_h m_h, or y + z_h, and the rows' sums of exponentials (0: every key hidden)."""
+    """y + z_h m_h, or y + z_h, the rows' sums of exponentials (0: every key hidden), and doubt of all of it."""
     dtype: tl.constexpr = x_rows[0].dtype
     i = tl.arange(0, BLOCK)
     if FACTORED:
         keys_from += h * D
         values_from += h * D
-    q = queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER)
-    _, row_sum, _, _, z = attend(
-        q, (), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk, key_end,
-        F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype, RUN,
-    )  # fmt: skip
+    q = queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER, not SHIFTED)
+    if SHIFTED:
+        _, row_sum, _, _, z = attend(
+            q, (), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
+            key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype, RUN,
+        )  # fmt: skip
+    else:
+        row_sum = tl.full((rows.shape[0],), 1.0, y[0].dtype)
+        z, doubt = attend_unshifted(
+            q, doubt, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
+            key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype, RUN,
+        )  # fmt: skip
     if OUTPUT == BARE:
         added = ()
         for o in tl.static_range(len(y)):
@@ -386,12 +525,15 @@ def _add_head(
                 m = load_block(m_h, e * BLOCK, o * BLOCK, reordered(i, REORDER), i, HEAD_OUT, D, HEAD_OUT)
                 added = added + (dot(z_e, m.to(dtype), y[o], PRECISION),)
             y = added
-    return y, row_sum
+    if not SHIFTED:
+        for o in tl.static_range(len(y) if OUTPUT == BARE else 1):
+            doubt = doubt_values(doubt, y[o], dtype, OUTPUT == BARE)
+    return y, row_sum, doubt
 
 
 @triton.jit
 def _store_columns(
-    y, row_sum, weights, out, rows, first, tile, batch, F: tl.constexpr, O: tl.constexpr, HEAD_OUT: tl.constexpr,
+    y, row_sum, weights, out, rows, first, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr, HEAD_OUT: tl.constexpr,
     AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """The output's columns from `first` on, finished and stored: with a mask, g is missing for rows with a key to see."""
@@ -401,7 +543,7 @@ def _store_columns(
         if MASK != MASK_NONE:
             g = load_vector(weights + AT_B + O + first, o * BLOCK, i, HEAD_OUT)
             y_o += tl.where((row_sum == 0.0)[:, None], 0.0, g[None, :])
-        store_output(y_o, out + first, rows, o * BLOCK, tile, batch, F, O, HEAD_OUT, PACK, RELU, RUN)
+        store_output(y_o, out + first, rows, o * BLOCK, wanted, tile, batch, F, O, HEAD_OUT, PACK, RELU, RUN)
 
 
 @triton.jit
@@ -417,6 +559,7 @@ def forward_rows(
     mask,
     out,
     rows,
+    wanted,  # (), or which rows to store [R]
     tile,
     batch,
     x_sb,
@@ -446,9 +589,14 @@ def forward_rows(
     EXACT: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
-    RUN: tl.constexpr = 16,
+    SHIFTED: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """Every head for one block of rows, stored at the end, or head by head where each has columns of its own."""
+    """Every head for one block of rows, stored at the end, or head by head where each has columns of its own.
+
+    Not SHIFTED by the maxima of the rows, it gives the doubt there is of the result. [R, 4]
+    """
+    doubt = no_doubt(rows.shape[0])
     x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK, RUN)
     if OUTPUT == MERGED:
         y = _start_output(
@@ -457,12 +605,14 @@ def forward_rows(
         )  # fmt: skip
         row_sum = tl.zeros((rows.shape[0],), y[0].dtype)
         for h in tl.range(H):
-            y, row_sum = _add_head(
-                y, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+            y, row_sum, doubt = _add_head(
+                y, doubt, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                 m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
-                EXACT, KEYS, TAIL, RUN,
+                EXACT, KEYS, TAIL, SHIFTED, RUN,
             )  # fmt: skip
-        _store_columns(y, row_sum, weights, out, rows, 0, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN)
+        _store_columns(
+            y, row_sum, weights, out, rows, 0, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
+        )
     else:
         for h in tl.range(H):
             first = h * HEAD_OUT
@@ -470,12 +620,67 @@ def forward_rows(
                 x, x_rows, weights, rows, tile, batch, x_sb, x_sf, x_se, first,
                 F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION, RUN,
             )  # fmt: skip
-            y, row_sum = _add_head(
-                y, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+            y, row_sum, doubt = _add_head(
+                y, doubt, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                 m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
-                EXACT, KEYS, TAIL, RUN,
+                EXACT, KEYS, TAIL, SHIFTED, RUN,
             )  # fmt: skip
-            _store_columns(y, row_sum, weights, out, rows, first, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN)
+            _store_columns(
+                y, row_sum, weights, out, rows, first, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
+            )
+    return doubt
+
+
+@triton.jit
+def recompute(
+    doubt, x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first, end, tile, batch,
+    x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F: tl.constexpr, E: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    O: tl.constexpr, FACTORED: tl.constexpr, OUTPUT: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    HEAD_OUT: tl.constexpr, AT_M: tl.constexpr, AT_R: tl.constexpr, AT_B: tl.constexpr, PACK: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, REORDER: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Where there is doubt, the rows from `first` to `end`, shifted by their maxima, in blocks of 16 rows and keys.
+
+    Of packed samples it stores those that are doubted. (What is not finite spoils, and so has recomputed, a whole tile.)
+
+    key_end: where the full blocks of 16 keys end. In a loop that mostly does not begin, with nothing kept for it but
+    pointers.
+    """
+    wanted = ()
+    if PACK > 1:
+        wanted = (doubtful_samples(doubt, PACK, x.dtype.element_ty),)
+    for row in tl.range(first, tl.where(certain(doubt, x.dtype.element_ty), first, end), BLOCK):
+        # What is stored here was stored before, perhaps by other threads.
+        tl.debug_barrier()
+        forward_rows(
+            x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, row + tl.arange(0, BLOCK),
+            wanted, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
+            HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, BLOCK, BLOCK, True, 4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward_block(
+    x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first, tile, batch, x_sb, x_sf, x_se,
+    m_sb, m_sq, m_sk, key_end, F: tl.constexpr, E: tl.constexpr, H: tl.constexpr, D: tl.constexpr, O: tl.constexpr,
+    FACTORED: tl.constexpr, OUTPUT: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, HEAD_OUT: tl.constexpr,
+    AT_M: tl.constexpr, AT_R: tl.constexpr, AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, REORDER: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    TAIL: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows from `first` on; not SHIFTED, then once more, shifted and 16 at a time, where there was doubt."""
+    run: tl.constexpr = 16 if SHIFTED else 4
+    doubt = forward_rows(
+        x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first + tl.arange(0, ROWS),
+        (), tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
+        HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, KEYS, TAIL, SHIFTED, run,
+    )  # fmt: skip
+    if not SHIFTED:
+        recompute(
+            doubt, x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first, first + ROWS,
+            tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end + (F - 1) % KEYS - (F - 1) % BLOCK, F, E, H, D,
+            O, FACTORED, OUTPUT, RESIDUAL, RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -514,6 +719,7 @@ def forward_streaming(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
     """Each program walks over pairs of a tile and a block of ROWS rows; factored, over tiles."""
     tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
@@ -527,18 +733,17 @@ def forward_streaming(
             i = tl.arange(0, BLOCK)
             project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
             for first in tl.range(0, tile_rows, ROWS):
-                forward_rows(
-                    x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out,
-                    first + tl.arange(0, ROWS), tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end,
-                    F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION,
-                    REORDER, EXACT, KEYS, TAIL,
+                _forward_block(
+                    x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out, first, tile, batch,
+                    x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
+                    HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, ROWS, KEYS, TAIL, SHIFTED,
                 )  # fmt: skip
             tl.debug_barrier()
     else:
         for t in tl.range(tl.program_id(0), tiles * row_blocks, tl.num_programs(0)):
             tile = tl.cast(t // row_blocks, tl.int64)
-            forward_rows(
-                x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, t % row_blocks * ROWS + tl.arange(0, ROWS),
-                tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL,
-                RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, KEYS, TAIL,
+            _forward_block(
+                x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, t % row_blocks * ROWS, tile, batch,
+                x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
+                HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, ROWS, KEYS, TAIL, SHIFTED,
             )  # fmt: skip

@@ -48,15 +48,19 @@ def doubt_sums(doubt, sums, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def doubt_values(doubt, t, DTYPE: tl.constexpr):
-    """doubt [R, 4], raised where four columns of t [R, 16] are not finite (or enormous).
+def doubt_values(doubt, t, DTYPE: tl.constexpr, ALL: tl.constexpr = False):
+    """doubt [R, 4], raised where a number of t [R, 16] is not finite (or enormous): in four of its columns, or in ALL.
 
-    Enough to look at where t is a product: a row of the left operand that is not finite spoils all of its columns.
+    Four are enough where t is a product: a row of the left operand that is not finite spoils all of its columns.
     """
     r: tl.constexpr = t.shape[0]
-    even, _ = tl.split(tl.reshape(t, (r, 2, 4, 2)))
-    first, _ = tl.split(tl.permute(even, (0, 2, 1)))
-    return doubt_sums(doubt, tl.abs(first) + 1.0, DTYPE)
+    even, odd = tl.split(tl.reshape(tl.abs(t) + 1.0, (r, 2, 4, 2)))
+    first, second = tl.split(tl.permute(even, (0, 2, 1)))
+    doubt = doubt_sums(doubt, first, DTYPE)
+    if ALL:
+        third, fourth = tl.split(tl.permute(odd, (0, 2, 1)))
+        doubt = doubt_sums(doubt_sums(doubt_sums(doubt, second, DTYPE), third, DTYPE), fourth, DTYPE)
+    return doubt
 
 
 @triton.jit
@@ -64,6 +68,14 @@ def certain(doubt, DTYPE: tl.constexpr):
     """Whether nothing was doubted; one number."""
     span: tl.constexpr = SPAN_FP16 if DTYPE == tl.float16 else SPAN
     return tl.max(tl.max(doubt, 1), 0) <= span
+
+
+@triton.jit
+def doubtful_samples(doubt, PACK: tl.constexpr, DTYPE: tl.constexpr):
+    """Which rows of a packed tile are of samples that are doubted. [16]"""
+    span: tl.constexpr = SPAN_FP16 if DTYPE == tl.float16 else SPAN
+    samples = tl.max(tl.reshape(tl.max(doubt, 1), (PACK, BLOCK // PACK)), 1) > span
+    return tl.reshape(tl.broadcast_to(samples[:, None], (PACK, BLOCK // PACK)), (BLOCK,))
 
 
 @triton.jit

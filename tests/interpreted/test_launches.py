@@ -6,17 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from autoint_fast import InteractingLayer
-from autoint_fast.kernels import triton_engine
+from autoint_fast.kernels import triton_engine, triton_streaming
 from autoint_fast.kernels.triton_launch import Config, Launch, packed_samples
 from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, Layout
 from tests.honest_interpreter import overflow_checks
-from tests.layouts import interact_plainly
+from tests.layouts import draw_packed, interact_plainly
+from tests.numerics import assert_close_to_truth
 
 EVERYTHING = NEED_INPUT | NEED_WEIGHTS
-PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x4": torch.float32}
+PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x3": torch.float32, "tf32x4": torch.float32}
 
 
 @pytest.fixture
@@ -81,12 +84,12 @@ def assert_near(name: str, ours: Tensor, truth: Tensor, tolerance: float) -> Non
     assert error <= tolerance, f"{name}: error {error:.2e} of the largest value"
 
 
-TOLERANCE = {"ieee": 1e-12, "tf32": 4e-3, "tf32x4": 4e-6}
+TOLERANCE = {"ieee": 1e-12, "tf32": 4e-3, "tf32x3": 4e-6, "tf32x4": 4e-6}
 
 
 @pytest.mark.parametrize("mask", ["none", "keys"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kernel", ["unrolled", "looped", "hoisted", "streamed", "wide blocks"])
+@pytest.mark.parametrize("kernel", ["unrolled", "looped", "hoisted", "streamed", "wide blocks", "shifted"])
 def test_forward_cuts(kernel: str, precision: str, mask: str) -> None:
     case = Case(1, 39, 10, 2, PRECISIONS[precision], mask)
     config = {
@@ -95,9 +98,63 @@ def test_forward_cuts(kernel: str, precision: str, mask: str) -> None:
         "hoisted": Config(precision, resident=True, unroll=True, hoist=True),
         "streamed": Config(precision),
         "wide blocks": Config(precision, rows=32, keys=32),
+        "shifted": Config(precision, shifted=True, rows=32, keys=16),
     }[kernel]
     out = triton_engine.interact(case.x, case.packed, case.mask, case.layout, config)
     assert_near("out", out, case.out, TOLERANCE[precision])
+
+
+@triton.jit
+def never_certain(doubt, DTYPE: tl.constexpr):
+    return tl.max(tl.max(doubt.to(tl.int64), 1), 0) < 0
+
+
+@triton.jit
+def always_certain(doubt, DTYPE: tl.constexpr):
+    return tl.max(tl.max(doubt.to(tl.int64), 1), 0) >= 0
+
+
+@pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
+@pytest.mark.parametrize(("fields", "resident"), [(7, True), (39, True), (39, False)])
+def test_with_and_without_row_maxima(fields: int, resident: bool, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the same output, each by force."""
+    case = Case(1, fields, 16, 2, torch.float32, "none")
+    case.mask = None if mask == "none" else torch.rand(1, fields if mask == "pairs" else 1, fields) < 0.3
+    truth = interact_plainly(case.x.double(), case.packed.double(), case.mask, case.layout)
+    config = Config("tf32x3", resident=resident, pack=packed_samples(fields), unroll=True)
+    outs = []
+    for certain in (always_certain, never_certain):
+        monkeypatch.setattr(triton_streaming, "certain", certain)
+        outs.append(triton_engine.interact(case.x, case.packed, case.mask, case.layout, config))
+        assert_near("out", outs[-1], truth, TOLERANCE["tf32x3"])
+    assert not torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fields", [3, 20, 70])
+@pytest.mark.parametrize("kind", ["overflow", "underflow", "nothing to see"])
+def test_samples_that_need_row_maxima(fields: int, kind: str, dtype: torch.dtype) -> None:
+    """Logits far out, or of one sign; the samples around it come out in the same bits as without it."""
+    layout = Layout(1, 16, 16, 16)
+    packed, x = draw_packed(layout), torch.randn(3, fields, 16).to(dtype)
+    mask = None
+    if kind == "overflow":
+        x[1] *= 30
+    elif kind == "underflow":
+        x[1, :, 0] = 10.0
+        layout.parts(packed).c[0, 0] = -20.0
+        x[0::2, :, 0] = 0.0
+    else:
+        mask = torch.zeros(3, 1, fields, dtype=torch.bool)
+        mask[1] = True
+    out = triton_engine.interact(x, packed, mask, layout)
+    plain = interact_plainly(x, packed.to(dtype), mask, layout)
+    assert_close_to_truth("out", out, plain, interact_plainly(x.double(), packed.double(), mask, layout))
+    x[1] = torch.randn(fields, 16).to(dtype) / 4
+    x[1, :, 0] = 0.0
+    if mask is not None:
+        mask[1] = False
+    assert torch.equal(triton_engine.interact(x, packed, mask, layout)[0::2], out[0::2])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

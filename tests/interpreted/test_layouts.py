@@ -214,7 +214,8 @@ def test_samples_that_share_a_tile_keep_their_nan(layout: Layout, dtype: torch.d
     others = [0, 2, 3, 4]
     assert case.out[1].isnan().all() or layout.residual != NO_RESIDUAL
     assert case.out[1].isnan().any() and d_x[1].isnan().all()
-    assert torch.equal(case.out[others], expected[0][others])
+    # The others are computed once more, with row maxima: as right as before, in other bits.
+    assert_close_to_truth("out", case.out[others], case.plain.out[others], case.truth.out[others].detach())
     assert torch.equal(d_x[others], expected[1][others])
 
 
