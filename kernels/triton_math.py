@@ -151,9 +151,9 @@ def restoring(i, REORDER: tl.constexpr):
     return i
 
 
-# The threads that share a row of an accumulator are four, and thread t holds of every 8 columns two. So if the columns
-# of a 16-wide tile stand in this order, thread t holds columns 4t to 4t+3: a load or store of its own, of 8 or 16 bytes,
-# with no way through shared memory. Weights are loaded in that order; a tile of x is loaded as it is and only renamed.
+# Four threads share a row of an accumulator, and thread t holds two of every 8 columns. So if the columns of a 16-wide
+# tile stand in the order below, thread t holds columns 4t to 4t+3: a load or store of its own, of 8 or 16 bytes, with
+# no way through shared memory. Weights are loaded in that order; a tile of x is loaded as it is and only renamed.
 
 
 @triton.jit
@@ -163,8 +163,8 @@ def quad_order(i):
 
 
 @triton.jit
-def quad_operand_order(i, REORDER: tl.constexpr):
-    """The column that `as_operand` of such an accumulator has at position i."""
+def left_order(i, REORDER: tl.constexpr):
+    """The column that `left_operand` has at position i."""
     if REORDER:
         i = i % 4 * 4 + i // 4
     return i
@@ -186,7 +186,10 @@ def from_quads(t):
 
 @triton.jit
 def left_operand(t, REORDER: tl.constexpr):
-    """The columns of t [R, 16] in the order `quad_operand_order`."""
+    """t [R, 16] as the left operand of a dot, its columns in an order in which they need not leave their threads.
+
+    (16-bit ones do: to exchange them costs less than the copies that the compiler makes otherwise.)
+    """
     r: tl.constexpr = t.shape[0]
     if REORDER:
         t = tl.reshape(tl.permute(tl.reshape(t, (r, 4, 4)), (0, 2, 1)), (r, 16))
@@ -195,7 +198,10 @@ def left_operand(t, REORDER: tl.constexpr):
 
 @triton.jit
 def right_operand(t, REORDER: tl.constexpr):
-    """The transpose of `left_operand`. [16, R] (tl.trans would be sent through shared memory.)"""
+    """The transpose of t [R, 16], its rows in the order in which `as_operand` of an accumulator of quads has columns.
+
+    (`tl.trans` would be sent through shared memory.)
+    """
     r: tl.constexpr = t.shape[0]
     if REORDER:
         return tl.reshape(tl.permute(tl.reshape(t, (r, 4, 4)), (2, 1, 0)), (16, r))

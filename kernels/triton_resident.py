@@ -1,4 +1,4 @@
-"""The forward of folded layouts with merged heads for short samples (F up to 64, E and O up to 16): x stays in registers as
+"""The forward of folded layouts with merged heads for short samples (F up to 64, E and O up to 16): x stays on chip as
 keys and values of every head.
 
 Several samples share a tile for F up to 8. A sample whose softmax needs row maxima is computed once more, by
@@ -19,12 +19,12 @@ from .triton_math import (
     centre,
     from_quads,
     left_operand,
+    left_order,
     load_block,
     load_rows,
     load_vector,
     multiply,
     operands,
-    quad_operand_order,
     quad_order,
     reordered,
     right_operand,
@@ -61,7 +61,7 @@ def _load_head(
 ):  # fmt: skip
     """A_h, c_h and M_h, made up for what is cut from x and A, then from q and x; and from x, z and M."""
     i = tl.arange(0, BLOCK)
-    a = _load_weight(weights + h * E, quad_operand_order(i, REORDER), H * E, 4, E, E, PRECISION, DTYPE)
+    a = _load_weight(weights + h * E, left_order(i, REORDER), H * E, 4, E, E, PRECISION, DTYPE)
     c = centre(load_vector(weights + E * H * E + h * E, 0, quad_order(i), E), 2, PRECISION)
     m = weights + (E + 1) * H * E + h * E * O
     return a, c, _load_weight(m, reordered(i, REORDER), O, 3, E, O, PRECISION, DTYPE)
@@ -213,7 +213,7 @@ def forward_resident(
     i = tl.arange(0, BLOCK)
     r = ()
     if RESIDUAL == PROJECTION:
-        r = _load_weight(weights + AT_R, quad_operand_order(i, REORDER), O, 2, E, O, PRECISION, dtype)
+        r = _load_weight(weights + AT_R, left_order(i, REORDER), O, 2, E, O, PRECISION, dtype)
     b = load_vector(weights + AT_B, 0, quad_order(i), O) + load_vector(weights + AT_B + O, 0, quad_order(i), O)
     ones = ()
     for k in tl.static_range(nb):

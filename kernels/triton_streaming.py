@@ -224,9 +224,7 @@ def _attend_keys(
     """One step of the online softmax, over the keys from `first` on."""
     acc: tl.constexpr = z[0].dtype
     fields = first + tl.arange(0, KEYS)
-    keys, ordered = load_keys(
-        keys_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc, RUN
-    )
+    keys, ordered = load_keys(keys_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc, RUN)
     values = keys
     if FACTORED:
         values, ordered = load_keys(
@@ -533,10 +531,11 @@ def _add_head(
 
 @triton.jit
 def _store_columns(
-    y, row_sum, weights, out, rows, first, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr, HEAD_OUT: tl.constexpr,
-    AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
+    y, row_sum, weights, out, rows, first, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr,
+    HEAD_OUT: tl.constexpr, AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
-    """The output's columns from `first` on, finished and stored: with a mask, g is missing for rows with a key to see."""
+    """The output's columns from `first` on, finished and stored; with a mask, rows with a key to see still lack g."""
     i = tl.arange(0, BLOCK)
     for o in tl.static_range(len(y)):
         y_o = y[o]
@@ -606,9 +605,9 @@ def forward_rows(
         row_sum = tl.zeros((rows.shape[0],), y[0].dtype)
         for h in tl.range(H):
             y, row_sum, doubt = _add_head(
-                y, doubt, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-                m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
-                EXACT, KEYS, TAIL, SHIFTED, RUN,
+                y, doubt, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile,
+                batch, m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION,
+                REORDER, EXACT, KEYS, TAIL, SHIFTED, RUN,
             )  # fmt: skip
         _store_columns(
             y, row_sum, weights, out, rows, 0, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
@@ -621,9 +620,9 @@ def forward_rows(
                 F, E, O, RESIDUAL, HEAD_OUT, AT_R, AT_B, PACK, MASK, PRECISION, RUN,
             )  # fmt: skip
             y, row_sum, doubt = _add_head(
-                y, doubt, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-                m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION, REORDER,
-                EXACT, KEYS, TAIL, SHIFTED, RUN,
+                y, doubt, x_rows, h, rows, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile,
+                batch, m_sb, m_sq, m_sk, key_end, F, E, H, D, FACTORED, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, PRECISION,
+                REORDER, EXACT, KEYS, TAIL, SHIFTED, RUN,
             )  # fmt: skip
             _store_columns(
                 y, row_sum, weights, out, rows, first, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
@@ -641,10 +640,8 @@ def recompute(
 ):  # fmt: skip
     """Where there is doubt, the rows from `first` to `end`, shifted by their maxima, in blocks of 16 rows and keys.
 
-    Of packed samples it stores those that are doubted. (What is not finite spoils, and so has recomputed, a whole tile.)
-
-    key_end: where the full blocks of 16 keys end. In a loop that mostly does not begin, with nothing kept for it but
-    pointers.
+    Of packed samples it stores those that are doubted. (What is not finite spoils a whole tile, which then is.)
+    key_end: where the full blocks of 16 keys end.
     """
     wanted = ()
     if PACK > 1:
@@ -654,8 +651,8 @@ def recompute(
         tl.debug_barrier()
         forward_rows(
             x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, row + tl.arange(0, BLOCK),
-            wanted, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
-            HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, BLOCK, BLOCK, True, 4,
+            wanted, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT,
+            RESIDUAL, RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, BLOCK, BLOCK, True, 4,
         )  # fmt: skip
 
 
@@ -734,8 +731,8 @@ def forward_streaming(
             project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
             for first in tl.range(0, tile_rows, ROWS):
                 _forward_block(
-                    x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out, first, tile, batch,
-                    x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
+                    x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out, first, tile,
+                    batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
                     HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, ROWS, KEYS, TAIL, SHIFTED,
                 )  # fmt: skip
             tl.debug_barrier()

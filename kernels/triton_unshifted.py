@@ -1,9 +1,10 @@
 """Softmax without subtracting row maxima, and how a kernel knows afterwards that it was safe.
 
-The maximum of a row only guards 2^s against overflow, and against a row of zeros. So P is computed as it comes, and the
-sums of its rows, which are needed anyway, tell whether anything was lost: within the bounds below every P was finite, and
-none that mattered was rounded to zero. Outside of them, or where a result is not finite, `doubt` says so, and the kernel
-computes the sample once more with maxima. Bounds on the scores themselves, by norms of A and x, cost more and are looser.
+The maximum of a row only guards 2^s against overflow, and against a row of zeros. So P is computed as it comes, and
+the sums of its rows, which are needed anyway, tell whether anything was lost: within the bounds below every P was
+finite, and none that mattered was rounded to zero. Outside of them, or where a result is not finite, `doubt` says so,
+and the kernel computes the sample once more, with maxima. (To bound the scores beforehand, by norms of A and x, is
+looser and costs more.)
 
 The sums come from the tensor core, as the product of P and a tile of ones: of the very numbers that weigh the values.
 """
@@ -43,7 +44,7 @@ def doubt_sums(doubt, sums, DTYPE: tl.constexpr):
 
     Positive floats are ordered as their bits are, and what is below LEAST wraps around.
     """
-    least: tl.constexpr = LEAST_FP16 if DTYPE == tl.float16 else LEAST
+    least: tl.constexpr = LEAST_FP16 if DTYPE.is_fp16() else LEAST
     return tl.maximum(doubt, sums.to(tl.float32).to(tl.uint32, bitcast=True) - least)
 
 
@@ -66,14 +67,14 @@ def doubt_values(doubt, t, DTYPE: tl.constexpr, ALL: tl.constexpr = False):
 @triton.jit
 def certain(doubt, DTYPE: tl.constexpr):
     """Whether nothing was doubted; one number."""
-    span: tl.constexpr = SPAN_FP16 if DTYPE == tl.float16 else SPAN
+    span: tl.constexpr = SPAN_FP16 if DTYPE.is_fp16() else SPAN
     return tl.max(tl.max(doubt, 1), 0) <= span
 
 
 @triton.jit
 def doubtful_samples(doubt, PACK: tl.constexpr, DTYPE: tl.constexpr):
     """Which rows of a packed tile are of samples that are doubted. [16]"""
-    span: tl.constexpr = SPAN_FP16 if DTYPE == tl.float16 else SPAN
+    span: tl.constexpr = SPAN_FP16 if DTYPE.is_fp16() else SPAN
     samples = tl.max(tl.reshape(tl.max(doubt, 1), (PACK, BLOCK // PACK)), 1) > span
     return tl.reshape(tl.broadcast_to(samples[:, None], (PACK, BLOCK // PACK)), (BLOCK,))
 

@@ -114,6 +114,11 @@ def always_certain(doubt, DTYPE: tl.constexpr):
     return tl.max(tl.max(doubt.to(tl.int64), 1), 0) >= 0
 
 
+@triton.jit
+def every_sample(doubt, PACK: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.max(doubt.to(tl.int64), 1) >= 0
+
+
 @pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
 @pytest.mark.parametrize(("fields", "resident"), [(7, True), (39, True), (39, False)])
 def test_with_and_without_row_maxima(fields: int, resident: bool, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +127,7 @@ def test_with_and_without_row_maxima(fields: int, resident: bool, mask: str, mon
     case.mask = None if mask == "none" else torch.rand(1, fields if mask == "pairs" else 1, fields) < 0.3
     truth = interact_plainly(case.x.double(), case.packed.double(), case.mask, case.layout)
     config = Config("tf32x3", resident=resident, pack=packed_samples(fields), unroll=True)
+    monkeypatch.setattr(triton_streaming, "doubtful_samples", every_sample)
     outs = []
     for certain in (always_certain, never_certain):
         monkeypatch.setattr(triton_streaming, "certain", certain)
