@@ -82,8 +82,9 @@ def _attend(
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
     EXACT: tl.constexpr,
+    LIVE: tl.constexpr,
 ):
-    """One head for one block of rows."""
+    """One head for one block of rows, of which the first LIVE exist: for a half that does not, P is not computed."""
     dtype: tl.constexpr = ones[0].dtype
     a, c, m = head
     c = tl.broadcast_to(c[None, :], (BLOCK, BLOCK))
@@ -97,10 +98,15 @@ def _attend(
     q = operands(as_operand(q.to(dtype), REORDER), PRECISION)
     z = (tl.zeros((BLOCK, BLOCK), y.dtype),)
     sums = tl.zeros((BLOCK, 8), y.dtype)
+    live = tl.arange(0, BLOCK)[:, None] < LIVE
     for k in tl.static_range(len(keys)):
         counts = own_samples(rows, rows, PACK)
+        if LIVE < BLOCK:
+            counts = (tl.broadcast_to(live, (BLOCK, starts[k].shape[1])),)
         z, sums = add_keys(z, sums, (q,), (keys[k],), (values[k],), ones[k], starts[k], counts, PRECISION, REORDER)
     total = sums_of_rows(sums)
+    if LIVE < BLOCK:
+        total = tl.where(live, total, 1.0)
     doubt = doubt_sums(doubt, total, dtype)
     z = (z[0] * scales_of_rows(total, EXACT)).to(dtype)
     return multiply(operands(as_operand(z, REORDER), PRECISION), m, y, PRECISION), doubt
@@ -138,6 +144,7 @@ def _forward_rows(
     REORDER: tl.constexpr,
     EXACT: tl.constexpr,
     HOIST: tl.constexpr,
+    LIVE: tl.constexpr,
 ):
     """Every head for one block of rows, and the block's output stored."""
     dtype: tl.constexpr = x_rows.dtype
@@ -158,13 +165,13 @@ def _forward_rows(
     if HOIST:
         for h in tl.static_range(H):
             y, doubt = _attend(
-                y, doubt, x_left, rows, keys, values, ones, starts, heads[h], PACK, PRECISION, REORDER, EXACT
+                y, doubt, x_left, rows, keys, values, ones, starts, heads[h], PACK, PRECISION, REORDER, EXACT, LIVE
             )
     else:
         for h in tl.range(H):
             head = _load_head(weights, h, E, H, O, PRECISION, REORDER, dtype)
             y, doubt = _attend(
-                y, doubt, x_left, rows, keys, values, ones, starts, head, PACK, PRECISION, REORDER, EXACT
+                y, doubt, x_left, rows, keys, values, ones, starts, head, PACK, PRECISION, REORDER, EXACT, LIVE
             )
     doubt = doubt_values(doubt, y, dtype)
     store_output(from_quads(y), out, rows, 0, (), tile, batch, F, O, O, PACK, RELU, 4)
@@ -209,6 +216,8 @@ def forward_resident(
     tail: tl.constexpr = 8 if PACK == 1 and F - (nb - 1) * BLOCK <= 8 else BLOCK
     # And of values, where a dot may be so short.
     tail_k: tl.constexpr = tail if REORDER and tail >= LEAST_K else BLOCK
+    # A sixth of all exponentials at F = 39. With TF32 memory takes longer than they do.
+    live: tl.constexpr = tail if PRECISION == "ieee" else BLOCK
     at_m: tl.constexpr = (E + 1) * H * E
     i = tl.arange(0, BLOCK)
     r = ()
@@ -254,7 +263,7 @@ def forward_resident(
                 doubt = _forward_rows(
                     doubt, blocks[k], k * BLOCK + i, keys, values, ones, starts, heads, r, b, weights, mask, out,
                     tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
-                    HOIST,
+                    HOIST, live if k == nb - 1 else BLOCK,
                 )  # fmt: skip
         else:
             for first in tl.range(0, F, BLOCK):
@@ -262,7 +271,7 @@ def forward_resident(
                 doubt = _forward_rows(
                     doubt, x_rows, first + i, keys, values, ones, starts, heads, r, b, weights, mask, out,
                     tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
-                    HOIST,
+                    HOIST, BLOCK,
                 )  # fmt: skip
         recompute(
             doubt, x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, 0, key_end + (F - 1) % BLOCK + 1, tile, batch,

@@ -266,8 +266,8 @@ def ordinary_instructions(binary: Binary, trips: Sequence[int] = ()) -> int:
 @pytest.mark.parametrize(
     ("fields", "precision", "most"),
     [
-        (39, "bf16", 671),
-        (39, "fp16", 671),
+        (39, "bf16", 661),
+        (39, "fp16", 661),
         (39, "tf32", 910),
         (39, "fp32", 2375),
         (7, "bf16", 104),
