@@ -61,11 +61,12 @@ class Target:
 class Config:
     """How a kernel is cut to a shape.
 
-    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or "tf32x4" for fp32's own accuracy.
+    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or, for fp32's own accuracy, "tf32x3" in forwards
+        and "tf32x4" in backwards.
     resident: a tile's x stays on chip (forward only), else keys are streamed.
     shifted: streaming forwards: row maxima are subtracted at once, not only where there is need.
     pack: samples that share a tile.
-    unroll, hoist: resident kernels: row blocks unrolled, heads' weights kept in registers.
+    unroll, hoist: resident kernels: row blocks unrolled, heads' weights kept on chip.
     rows, keys: streaming kernels: the blocks.
     programs_per_sm: programs walk over tiles; this many per multiprocessor, at most one per tile.
     maxnreg: the registers a thread may have, where the compiler's own choice spills.
@@ -269,7 +270,7 @@ def forward_launch(
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
     cut = {"F": fields, "PACK": config.pack, "MASK": mask_kind, "RELU": layout.relu, **_dots(config, x.dtype)}
     args = (batch, *x.stride(), *mask_strides)
-    key_end, blocks = _key_blocks(fields, config.keys)
+    key_end, blocks = _key_blocks(fields, BLOCK if config.resident else config.keys)
     if config.resident:
         cut |= {"UNROLL": config.unroll, "HOIST": config.hoist}
         kernel = triton_resident.forward_resident

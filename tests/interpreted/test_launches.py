@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from autoint_fast import InteractingLayer
-from autoint_fast.kernels import triton_engine, triton_streaming
+from autoint_fast.kernels import triton_engine, triton_resident, triton_streaming
 from autoint_fast.kernels.triton_launch import Config, Launch, packed_samples
-from autoint_fast.weights import NEED_INPUT, NEED_WEIGHTS, Layout
+from autoint_fast.weights import BARE, MERGED, NEED_INPUT, NEED_WEIGHTS, NO_RESIDUAL, Layout
 from tests.honest_interpreter import overflow_checks
 from tests.layouts import draw_packed, interact_plainly
 from tests.numerics import assert_close_to_truth
@@ -161,6 +161,30 @@ def test_samples_that_need_row_maxima(fields: int, kind: str, dtype: torch.dtype
     if mask is not None:
         mask[1] = False
     assert torch.equal(triton_engine.interact(x, packed, mask, layout)[0::2], out[0::2])
+
+
+@pytest.mark.parametrize("least", [8, 16])
+@pytest.mark.parametrize("fields", [5, 39])
+def test_last_keys_of_eight(fields: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a dot over keys may be as short as the last of them, and where Triton is too old for that."""
+    monkeypatch.setattr(triton_resident, "LEAST_K", least)
+    case = Case(1, fields, 16, 1, torch.float32, "none")
+    out = triton_engine.interact(case.x, case.packed, None, case.layout, Config("tf32x3", resident=True, unroll=True))
+    assert_near("out", out, case.out, TOLERANCE["tf32x3"])
+
+
+@pytest.mark.parametrize("output", [MERGED, BARE])
+@pytest.mark.parametrize("fields", [3, 20, 70])
+def test_values_that_overflow_without_row_maxima(fields: int, output: int) -> None:
+    """Sums of P within their bounds, but not those of P and values: 2^30 times 1e30."""
+    layout = Layout(1, 16, 16, 16, 0, output, NO_RESIDUAL)
+    packed, x = draw_packed(layout), torch.rand(3, fields, 16)
+    layout.parts(packed).a.zero_()
+    layout.parts(packed).c.zero_()[0, 0] = 30.0
+    x[1, :, 0] = 1.0
+    x[1, :, 5] = 1e30
+    out, plain = triton_engine.interact(x, packed, None, layout), interact_plainly(x, packed, None, layout)
+    assert_close_to_truth("out", out, plain, interact_plainly(x.double(), packed.double(), None, layout))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
