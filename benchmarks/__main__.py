@@ -41,8 +41,8 @@ do at best, and counts what PyTorch's layers launch and move. With a CUDA device
 draws a roofline. --check compares with the table that is checked in, and exits with 1 where something is worse.
 """
 PREPARE = """\
-Makes a Criteo log of many rows from a small one, with new ids mixed in at Criteo's rate, prepares it, and tells rows per
-second and the memory that it took, by part.
+Makes a Criteo log of many rows from a small one, with new ids mixed in at Criteo's rate, prepares it, and tells rows
+per second and the memory that it took, by part.
 """
 PLOT = "Draws the results of an earlier run."
 ABOUT = {
