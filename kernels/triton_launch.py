@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..weights import (
     BARE,
+    CONCATENATED,
     LOG2E,
     MERGED,
     NEED_BIAS,
@@ -63,10 +64,10 @@ class Config:
 
     precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or, for fp32's own accuracy, "tf32x3" in forwards
         and "tf32x4" in backwards.
-    resident: a tile's x stays on chip (forward only), else keys are streamed.
+    resident: a tile's x stays on chip, else keys are streamed.
     shifted: streaming forwards: row maxima are subtracted at once, not only where there is need.
     pack: samples that share a tile.
-    unroll, hoist: resident kernels: row blocks unrolled, heads' weights kept on chip.
+    unroll, hoist: resident kernels: row blocks unrolled (the backward's always are), heads' weights kept on chip.
     rows, keys: streaming kernels: the blocks.
     programs_per_sm: programs walk over tiles; this many per multiprocessor, at most one per tile.
     maxnreg: the registers a thread may have, where the compiler's own choice spills.
@@ -143,9 +144,21 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     return Config(precision, shifted=shifted, pack=pack, rows=rows, keys=keys, maxnreg=maxnreg)
 
 
-def backward_config(n_fields: int, precision: str, mask_kind: int) -> Config:
-    """The backward's cut: with 16 rows there is room for every accumulator without spilling."""
+def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
+    """The backward's cut. Resident: folded, of up to 16 columns, in 16 bits, up to 39 fields where that takes no more
+    registers than there are; the rest is streamed, in blocks of 16 rows, which leave room for every accumulator."""
     pack = packed_samples(n_fields)
+    h, e, _, _, factored, output, *_ = layout
+    if precision == "ieee" and not factored and max(e, layout.head_out) <= BLOCK:
+        aligned = e == layout.head_out == BLOCK
+        # Unaligned rows, a mask of pairs, and one of keys beside the addresses of many heads take registers.
+        if mask_kind == MASK_PAIRS:
+            most = 2 * BLOCK if aligned else BLOCK
+        else:
+            most = 39 if aligned and (mask_kind == MASK_NONE or h <= 2) else 2 * BLOCK
+        if n_fields <= most:
+            hoist = aligned and h <= 2 and mask_kind == MASK_NONE and output != CONCATENATED
+            return Config(precision, resident=True, pack=pack, hoist=hoist, programs_per_sm=8, maxnreg=255)
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.
     return Config(precision, pack=pack, keys=keys, programs_per_sm=8, maxnreg=255)
@@ -236,7 +249,9 @@ def projected_size(n_fields: int, layout: Layout, config: Config) -> int:
 
 
 def scratch_size(n_fields: int, layout: Layout, config: Config) -> int:
-    """Elements of the gradients of a tile's x, and of a head's projected keys and values."""
+    """Elements of the gradients of a tile's x, and of a head's projected keys and values; 0 where they stay on chip."""
+    if config.resident:
+        return 0
     return _tile_rows(n_fields, config) * (layout.emb_size + 2 * layout.rank * layout.factored)
 
 
@@ -308,17 +323,26 @@ def backward_launch(
     """dx (B, F, E), contiguous, and a row of partial sums per program."""
     batch, fields, _ = x.shape
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
-    key_end, blocks = _key_blocks(fields, config.keys)
+    form = _form(layout)
+    dots = _dots(config, x.dtype)
+    cut: dict[str, Any] = {"F": fields, "MASK": mask_kind, "PACK": config.pack}
+    tensors = (grad, x, packed, mask_tensor, out, d_x, partial)
+    args = (batch, *grad.stride(), *x.stride(), *mask_strides)
+    if config.resident:
+        kernel = triton_backward.backward_resident
+        del form["FACTORED"], dots["REORDER"]
+        cut["HOIST"] = config.hoist
+    else:
+        kernel = triton_backward.backward
+        key_end, blocks = _key_blocks(fields, config.keys)
+        cut |= {"ROWS": config.rows, **blocks}
+        tensors, args = (*tensors, scratch, projected), (*args, key_end)
     options = {
-        **{**_sizes(layout), **_form(layout), "RELU": layout.relu},
-        **{"F": fields, "MASK": mask_kind, "PACK": config.pack, "ROWS": config.rows},
-        **{**blocks, **_dots(config, x.dtype)},
+        **{**_sizes(layout), **form, "RELU": layout.relu, **cut, **dots},
         **{"NEED_INPUT": bool(needs & NEED_INPUT), **_needed_parts(needs)},
         **config.options(target),
     }
-    tensors = (grad, x, packed, mask_tensor, out, d_x, partial, scratch, projected)
-    args = (*tensors, batch, *grad.stride(), *x.stride(), *mask_strides, key_end, 0)
-    return Launch(triton_backward.backward, (partial.shape[0],), args, options)
+    return Launch(kernel, (partial.shape[0],), (*tensors, *args, 0), options)
 
 
 def reduce_launch(partial: Tensor, total: Tensor, layout: Layout, needs: int) -> Launch:

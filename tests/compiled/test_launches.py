@@ -122,7 +122,8 @@ def backward(shape: Shape, precision: str, arch: str, mask: str = "none", needs:
     dtype, allow_tf32 = PRECISIONS[precision]
     x, hidden, packed = meta(BATCH, fields, layout.emb_size, dtype=dtype), mask_of(mask, fields), meta(layout.numel)
     out = meta(BATCH, fields, layout.out_size, dtype=dtype)
-    config = backward_config(fields, dot_precision(dtype, target, allow_tf32), mask_arguments(hidden, x)[0])
+    dots = dot_precision(dtype, target, allow_tf32)
+    config = backward_config(fields, layout, dots, mask_arguments(hidden, x)[0])
     programs = backward_programs(BATCH, fields, layout, config, target)
     partial, scratch = meta(programs, layout.numel), meta(programs, scratch_size(fields, layout, config))
     projected = meta(programs, projected_size(fields, layout, config), dtype=dtype) if layout.factored else x
