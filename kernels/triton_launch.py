@@ -62,8 +62,7 @@ class Target:
 class Config:
     """How a kernel is cut to a shape.
 
-    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or, for fp32's own accuracy, "tf32x3" in forwards
-        and "tf32x4" in backwards.
+    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or "tf32x4" for fp32's own accuracy.
     resident: a tile's x stays on chip, else keys are streamed.
     shifted: streaming forwards: row maxima are subtracted at once, not only where there is need.
     pack: samples that share a tile.
@@ -108,15 +107,13 @@ def dot_precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
 
 def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
     """The forward's cut. Resident: folded, merged, up to 64 fields of up to 16 columns; the rest is streamed."""
-    if precision == "tf32x4":
-        precision = "tf32x3"  # gradients need the product of the rests, see `triton_math.dot`
     fp32 = precision != "ieee"
     pack = packed_samples(n_fields)
     widest = max(layout.emb_size, layout.rank, layout.head_out)
     if not layout.factored and layout.output == MERGED and n_fields <= 4 * BLOCK and widest <= BLOCK:
         # Unrolled, row blocks share what they read of the weights; registers last for so many, and for a mask of pairs
         # for one only.
-        most = 1 if mask_kind == MASK_PAIRS else {"ieee": 4, "tf32": 3, "tf32x3": 1}[precision]
+        most = 1 if mask_kind == MASK_PAIRS else {"ieee": 4, "tf32": 3, "tf32x4": 1}[precision]
         if precision == "ieee":
             hoist = layout.n_head <= 4
         else:
@@ -135,7 +132,7 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     narrow = not wide and max(layout.emb_size, layout.rank) <= BLOCK
     rows = 2 * BLOCK if narrow and n_fields > BLOCK else BLOCK
     # A mask of pairs takes as many registers as the scores.
-    pressed = mask_kind == MASK_PAIRS or (precision == "tf32x3" and mask_kind != MASK_NONE) or (fp32 and wide)
+    pressed = mask_kind == MASK_PAIRS or (precision == "tf32x4" and mask_kind != MASK_NONE) or (fp32 and wide)
     keys = BLOCK if pressed else 2 * BLOCK
     # Operands cut once, and what a second path needs, take more registers than several chunks leave.
     shifted = widest > BLOCK

@@ -54,25 +54,24 @@ def _leading(t):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. PRECISION: "ieee" (16-bit operands too), "tf32", or "tf32x3" and "tf32x4" for fp32's accuracy.
+    """acc + a b. PRECISION: "ieee" (16-bit operands too), "tf32", or "tf32x4" for fp32's accuracy.
 
     The tensor core cuts a TF32 operand off after 10 bits of mantissa, which doubles the error of rounding and biases
     it. "tf32" therefore scales operands up by a third of their last bit first, which centres the error: its RMS is
     within 6% of rounding's, for one multiplication that infinities and NaN survive.
 
     "tf32x4" cuts each operand into its leading bits and the exact rest and sums all four TF32 products: without that
-    of the rests, gradients miss twice the error of fp32 by a few percent; a forward does not, so "tf32x3" leaves it
-    out. Triton's own "tf32x3" also tests for infinities, which the layer does not need: they spread as NaN either way.
+    of the rests, gradients miss twice the error of fp32 by a few percent, and so do outputs of a few fields. Triton's
+    "tf32x3" also tests for infinities, which the layer does not need: they spread as NaN either way.
     """
     if PRECISION == "tf32":
         return tl.dot(a * TF32_CENTRE, b * TF32_CENTRE, acc, input_precision="tf32", out_dtype=acc.dtype)
-    elif PRECISION == "tf32x3" or PRECISION == "tf32x4":
+    elif PRECISION == "tf32x4":
         a_high = _leading(a)
         b_high = _leading(b)
         a_rest = (a - a_high) * TF32_CENTRE
         b_rest = (b - b_high) * TF32_CENTRE
-        if PRECISION == "tf32x4":
-            acc = tl.dot(a_rest, b_rest, acc, input_precision="tf32", out_dtype=acc.dtype)
+        acc = tl.dot(a_rest, b_rest, acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a_rest, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a_high, b_rest, acc, input_precision="tf32", out_dtype=acc.dtype)
         return tl.dot(a_high, b_high, acc, input_precision="tf32", out_dtype=acc.dtype)
@@ -86,7 +85,7 @@ def operands(t, PRECISION: tl.constexpr):
 
     The rest has either sign, so what the tensor core cuts off it does not add up.
     """
-    if PRECISION == "tf32x3" or PRECISION == "tf32x4":
+    if PRECISION == "tf32x4":
         high = _leading(t)
         return (high, t - high)
     else:
@@ -96,9 +95,8 @@ def operands(t, PRECISION: tl.constexpr):
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b of `operands`, in the precisions of `dot`, but "tf32" without centring: see `centre`."""
-    if PRECISION == "tf32x3" or PRECISION == "tf32x4":
-        if PRECISION == "tf32x4":
-            acc = tl.dot(a[1], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
+    if PRECISION == "tf32x4":
+        acc = tl.dot(a[1], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a[1], b[0], acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a[0], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
         return tl.dot(a[0], b[0], acc, input_precision="tf32", out_dtype=acc.dtype)

@@ -115,7 +115,7 @@ def add_keys(
     if p.shape[1] < ones.shape[0]:
         p = _widen(p)
     parts = (p,)
-    if PRECISION == "tf32x3" or PRECISION == "tf32x4":
+    if PRECISION == "tf32x4":
         # Cut off, not rounded as in `operands`: sums lose the same, so what is lost on average does not matter.
         high = cut_off(p)
         parts = (high, p - high)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ from autoint_fast.weights import (
     InteractingParameters,
     Layout,
 )
-from benchmarks.offline import SHARED_LIMIT, Binary, _blocks, compile_launch
+from benchmarks.offline import SHARED_LIMIT, Binary, compile_launch
 from tests.layouts import describe
 
 # F, and the plain layer's E and H; or F and any layout.
@@ -228,63 +227,6 @@ def test_wide_factored_layouts_spill_addresses_only() -> None:
     assert_sound(binary, "sm_90", "fp32", most_stack=200)
     innermost = [loop for loop in binary.loops if loop.depth == max(inner.depth for inner in binary.loops)]
     assert sum(i.pipe == "local" for loop in innermost for i in loop.instructions) <= 2
-
-
-def ordinary_instructions(binary: Binary, trips: Sequence[int] = ()) -> int:
-    """Warp-instructions of one trip of the loop over tiles where nothing is computed once more.
-
-    That is the last loop inside it. Neither it nor what leads nowhere else counts; `trips` are those of the others.
-    """
-    blocks = _blocks(binary.sass, binary.name)
-    tiles = max((loop for loop in binary.loops if loop.depth == 1), key=lambda loop: len(loop.instructions))
-    again = [loop for loop in binary.loops if loop.parent is tiles][-1]
-    allowed = {i.address for i in tiles.instructions} - {i.address for i in again.instructions}
-    ways = {a: [s for s in block.successors if s in allowed] for a, block in blocks.items() if a in allowed}
-    back = {a for a, block in blocks.items() if tiles.header in block.successors}
-
-    def reach(start: set[int], edges: dict[int, list[int]]) -> set[int]:
-        found, todo = set(), list(start)
-        while todo:
-            if (here := todo.pop()) not in found:
-                found.add(here)
-                todo.extend(edges.get(here, ()))
-        return found
-
-    onward = {a: [s for s in following if s != tiles.header] for a, following in ways.items()}
-    backward: dict[int, list[int]] = {}
-    for a, following in onward.items():
-        for s in following:
-            backward.setdefault(s, []).append(a)
-    forth = reach({tiles.header}, onward)
-    weight = {i.address: 1 for a in forth & reach(back & forth, backward) for i in blocks[a].instructions}
-    inner = [loop for loop in binary.loops if loop.within(tiles) and not loop.within(again) and loop is not tiles]
-    for loop, count in zip(inner, trips, strict=True):
-        for i in loop.instructions:
-            weight[i.address] *= count
-    return binary.num_warps * sum(weight.values())
-
-
-@pytest.mark.parametrize(
-    ("fields", "precision", "most"),
-    [
-        (39, "bf16", 661),
-        (39, "fp16", 661),
-        (39, "tf32", 910),
-        (39, "fp32", 2375),
-        (7, "bf16", 104),
-        (200, "bf16", 13830),
-    ],
-)
-def test_warp_instructions_per_sample(fields: int, precision: str, most: int) -> None:
-    """On the way that ordinary samples take; 3% above what was reached."""
-    launch, config = forward((fields, 16, 2), precision, "sm_90")
-    binary = compile_launch(launch, "sm_90")
-    if config.resident:
-        count = ordinary_instructions(binary, [] if config.unroll else [-(-fields // 16)]) / config.pack
-    else:
-        key_blocks = (fields - 1) // config.keys
-        count = ordinary_instructions(binary, [2, key_blocks]) * -(-fields // config.rows)
-    assert 0.9 * most < count <= most
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

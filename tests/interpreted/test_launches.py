@@ -19,7 +19,7 @@ from tests.layouts import draw_packed, interact_plainly
 from tests.numerics import assert_close_to_truth
 
 EVERYTHING = NEED_INPUT | NEED_WEIGHTS
-PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x3": torch.float32, "tf32x4": torch.float32}
+PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x4": torch.float32}
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def assert_near(name: str, ours: Tensor, truth: Tensor, tolerance: float) -> Non
     assert error <= tolerance, f"{name}: error {error:.2e} of the largest value"
 
 
-TOLERANCE = {"ieee": 1e-12, "tf32": 4e-3, "tf32x3": 4e-6, "tf32x4": 4e-6}
+TOLERANCE = {"ieee": 1e-12, "tf32": 4e-3, "tf32x4": 4e-6}
 
 
 @pytest.mark.parametrize("mask", ["none", "keys"])
@@ -126,13 +126,13 @@ def test_with_and_without_row_maxima(fields: int, resident: bool, mask: str, mon
     case = Case(1, fields, 16, 2, torch.float32, "none")
     case.mask = None if mask == "none" else torch.rand(1, fields if mask == "pairs" else 1, fields) < 0.3
     truth = interact_plainly(case.x.double(), case.packed.double(), case.mask, case.layout)
-    config = Config("tf32x3", resident=resident, pack=packed_samples(fields), unroll=True)
+    config = Config("tf32x4", resident=resident, pack=packed_samples(fields), unroll=True)
     monkeypatch.setattr(triton_streaming, "doubtful_samples", every_sample)
     outs = []
     for certain in (always_certain, never_certain):
         monkeypatch.setattr(triton_streaming, "certain", certain)
         outs.append(triton_engine.interact(case.x, case.packed, case.mask, case.layout, config))
-        assert_near("out", outs[-1], truth, TOLERANCE["tf32x3"])
+        assert_near("out", outs[-1], truth, TOLERANCE["tf32x4"])
     assert not torch.equal(*outs)
 
 
@@ -169,8 +169,8 @@ def test_last_keys_of_eight(fields: int, least: int, monkeypatch: pytest.MonkeyP
     """Where a dot over keys may be as short as the last of them, and where Triton is too old for that."""
     monkeypatch.setattr(triton_resident, "LEAST_K", least)
     case = Case(1, fields, 16, 1, torch.float32, "none")
-    out = triton_engine.interact(case.x, case.packed, None, case.layout, Config("tf32x3", resident=True, unroll=True))
-    assert_near("out", out, case.out, TOLERANCE["tf32x3"])
+    out = triton_engine.interact(case.x, case.packed, None, case.layout, Config("tf32x4", resident=True, unroll=True))
+    assert_near("out", out, case.out, TOLERANCE["tf32x4"])
 
 
 @pytest.mark.parametrize("output", [MERGED, BARE])
