@@ -93,10 +93,14 @@ def operands(t, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b of `operands`, in the precisions of `dot`, but "tf32" without centring: see `centre`."""
+def multiply(a, b, acc, PRECISION: tl.constexpr, RESTS: tl.constexpr = True):
+    """acc + a b of `operands`, in the precisions of `dot`, but "tf32" without centring: see `centre`.
+
+    RESTS: whether, for fp32's accuracy, the product of the rests is added too.
+    """
     if PRECISION == "tf32x4":
-        acc = tl.dot(a[1], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
+        if RESTS:
+            acc = tl.dot(a[1], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a[1], b[0], acc, input_precision="tf32", out_dtype=acc.dtype)
         acc = tl.dot(a[0], b[1], acc, input_precision="tf32", out_dtype=acc.dtype)
         return tl.dot(a[0], b[0], acc, input_precision="tf32", out_dtype=acc.dtype)
