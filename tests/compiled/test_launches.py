@@ -163,7 +163,9 @@ def test_half_precision(direction: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_100", "gfx942"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_other_architectures(direction: str, arch: str, precision: str) -> None:
-    assert_sound(compiled(direction, CRITEO, precision, arch), arch, precision)
+    """The resident backward takes every register there is: here and there two more."""
+    most_stack = 8 if (direction, precision) == ("backward", "bf16") else 0
+    assert_sound(compiled(direction, CRITEO, precision, arch), arch, precision, most_stack)
 
 
 @pytest.mark.parametrize("mask", ["keys", "pairs"])
@@ -258,7 +260,8 @@ def test_gradients_not_needed_cost_nothing(needs: int) -> None:
     assert part.stack == 0
     assert len(part.program.instructions) < len(everything.program.instructions)
     if needs == NEED_BIAS:
-        assert not part.mma
+        # The sums over rows of db, and nothing else.
+        assert sum(part.mma.values()) == 3
 
 
 def parameters_of(layout: Layout, width: int) -> InteractingParameters:
