@@ -227,9 +227,9 @@ def _explain(arguments: argparse.Namespace) -> int:
         (f"mean of {found.rows:,} rows of {arguments.split}", found.mean),
     ):
         console.print(title, highlight=False, markup=False)
-        table = Table("field", "attends to", "attention")
+        table = Table("field", "attends to", "attention", "layer", "head")
         for pair in strongest(attention, found.fields):
-            table.add_row(escape(pair.query), escape(pair.key), f"{pair.weight:.4f}")
+            table.add_row(escape(pair.query), escape(pair.key), f"{pair.weight:.4f}", str(pair.layer), str(pair.head))
         console.print(table)
     print(f"wrote {len(found.files)} files to {arguments.out}")
     return 0

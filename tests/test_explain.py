@@ -79,8 +79,16 @@ def test_the_mean_is_over_as_many_rows_as_asked_for(run: Path, data: Path, tmp_p
 
 
 def test_strongest_pairs() -> None:
-    attention = np.array([[[0.6, 0.3, 0.1], [0.9, 0.05, 0.05], [0.2, 0.8, 0.0]]])[None]
-    assert strongest(attention, ("a", "b", "c"), 3) == [Pair("b", "a", 0.9), Pair("c", "b", 0.8), Pair("a", "b", 0.3)]
+    attention = np.zeros((2, 3, 3, 3))
+    attention[0, 0] = [[0.6, 0.3, 0.1], [0.9, 0.05, 0.05], [0.2, 0.8, 0.0]]
+    attention[1, 2] = [[1.0, 0.0, 0.0], [0.2, 0.2, 0.6], [0.1, 0.9, 0.0]]
+    expected = [
+        Pair("b", "a", 0.9, 1, 1),
+        Pair("c", "b", 0.9, 2, 3),
+        Pair("b", "c", 0.6, 2, 3),
+        Pair("a", "b", 0.3, 1, 1),
+    ]
+    assert strongest(attention, ("a", "b", "c"), 4) == expected
 
 
 def test_names_that_matplotlib_would_take_for_a_formula(tmp_path: Path) -> None:

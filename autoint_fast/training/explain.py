@@ -23,7 +23,9 @@ class Pair(NamedTuple):
 
     query: str
     key: str
-    weight: float  # mean over layers and heads
+    weight: float
+    layer: int  # from 1, where it is the strongest
+    head: int
 
 
 class Explanation(NamedTuple):
@@ -42,12 +44,16 @@ class Explanation(NamedTuple):
 
 
 def strongest(attention: np.ndarray, fields: Sequence[str], count: int = 10) -> list[Pair]:
-    """The pairs of two fields with the most attention, over all layers and heads."""
-    overall = attention.mean(axis=(0, 1))
-    order = np.argsort(-overall, axis=None, kind="stable")
-    pairs = (divmod(int(i), len(fields)) for i in order)
+    """The pairs of two fields with the most attention in any layer and head, of attention (layers, heads, F, F)."""
+    layers, heads, n = attention.shape[:3]
+    everywhere = attention.reshape(layers * heads, n, n)
+    where, most = everywhere.argmax(axis=0), everywhere.max(axis=0)
+    pairs = (divmod(int(i), n) for i in np.argsort(-most, axis=None, kind="stable"))
     chosen = [(query, key) for query, key in pairs if query != key][:count]
-    return [Pair(fields[query], fields[key], float(overall[query, key])) for query, key in chosen]
+    return [
+        Pair(fields[q], fields[k], float(most[q, k]), int(where[q, k]) // heads + 1, int(where[q, k]) % heads + 1)
+        for q, k in chosen
+    ]
 
 
 def explain(
@@ -111,7 +117,6 @@ def explain(
 def _write(folder: Path, name: str, attention: np.ndarray, fields: Sequence[str], about: str) -> list[Path]:
     """The pictures and tables of one attention (layers, heads, F, F)."""
     written = []
-    highest = float(attention.max())
     for i, heads in enumerate(attention, start=1):
         for j, values in enumerate(heads, start=1):
             path = folder / f"{name}-layer-{i}-head-{j}.csv"
@@ -122,12 +127,12 @@ def _write(folder: Path, name: str, attention: np.ndarray, fields: Sequence[str]
             written.append(path)
             path = path.with_suffix(".png")
             with replacing(path) as file:
-                _draw(file, values, fields, f"layer {i}, head {j}: {about}", highest)
+                _draw(file, values, fields, f"layer {i}, head {j}: {about}")
             written.append(path)
     return written
 
 
-def _draw(file: object, values: np.ndarray, fields: Sequence[str], title: str, highest: float) -> None:
+def _draw(file: object, values: np.ndarray, fields: Sequence[str], title: str) -> None:
     # Without pyplot, which would look for a display and change the state of the user's own figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,7 +141,9 @@ def _draw(file: object, values: np.ndarray, fields: Sequence[str], title: str, h
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="viridis", vmin=0.0, vmax=highest)
+    # Pairs of fields set the scale; next to what a field attends to itself, all of them may be dark.
+    others = values[~np.eye(len(fields), dtype=bool)] if len(fields) > 1 else values
+    image = axes.imshow(values, cmap="viridis", vmin=others.min(), vmax=others.max())
     # A dollar sign would begin a formula.
     labels = [field.replace("$", r"\$") for field in fields]
     axes.set_xticks(range(len(fields)), labels, rotation=90, fontsize=8)
@@ -144,5 +151,5 @@ def _draw(file: object, values: np.ndarray, fields: Sequence[str], title: str, h
     axes.set_xlabel("attends to")
     axes.set_ylabel("field")
     axes.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axes, fraction=0.046, label="attention")
+    figure.colorbar(image, ax=axes, fraction=0.046, extend="both", label="attention")
     figure.savefig(file, format="png", dpi=120)
