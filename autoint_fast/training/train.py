@@ -149,7 +149,7 @@ class _Position:
 class _Trainer:
     def __init__(self, run: Run, training: Split, validation: Split, among: Processes, progress: Progress) -> None:
         self.settings, self.among, self.progress = run.settings, among, progress
-        self.folder, self.training, self.validation = run, training, validation
+        self.store, self.training, self.validation = run, training, validation
         self.model = run.settings.model(run.schema, among.device)
         self.optimizers = _optimizers(self.model, run.settings)
         state = run.state()
@@ -178,10 +178,11 @@ class _Trainer:
         steps = -(-rows // settings.batch_size)
         self.progress.begin(f"epoch {at.epoch + 1}", rows, at.step * settings.batch_size)
         self.model.train()
+        begun = time.perf_counter()
         for count, mine, batch in ahead(self._batches()):
-            start = time.perf_counter()
             loss = self._step(count, mine, batch)
-            self.seconds += time.perf_counter() - start
+            # With the wait for the batch, without what stands below.
+            self.seconds += time.perf_counter() - begun
             self.trained += count
             at.step, at.steps = at.step + 1, at.steps + 1
             at.loss, at.rows = at.loss + loss, at.rows + count
@@ -200,6 +201,7 @@ class _Trainer:
                 self.model.train()
             elif at.steps % settings.checkpoint_every == 0:
                 self._save()
+            begun = time.perf_counter()
 
     def _batches(self) -> Iterator[tuple[int, np.ndarray, Batch]]:
         """For each step left of the epoch: its rows in all processes, which of them are this one's, and these."""
@@ -232,7 +234,7 @@ class _Trainer:
 
     def _give_up(self, loss: float, rows: np.ndarray, batch: Batch) -> None:
         name = BAD_BATCH_FILE if self.among.first else f"{self.among.rank}-{BAD_BATCH_FILE}"
-        self.folder.save(
+        self.store.save(
             name,
             {
                 **batch._asdict(),
@@ -244,7 +246,7 @@ class _Trainer:
         )
         raise NonFiniteLoss(
             f"the loss is {loss} at step {self.at.step} of epoch {self.at.epoch + 1}; the batch, its positions in the "
-            f"split train, and the weights it met are in {self.folder.folder / name}"
+            f"split train, and the weights it met are in {self.store.folder / name}"
         )
 
     def _evaluate(self, log: Any) -> None:
@@ -262,13 +264,13 @@ class _Trainer:
             at.best = tuple(metrics)
             if self.among.first:
                 # Before the state that says so: what is done again after a kill gives the same.
-                self.folder.save(BEST_FILE, self.model.state_dict())
+                self.store.save(BEST_FILE, self.model.state_dict())
 
     def _save(self) -> None:
         if self.among.first:
             optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
             state = {"position": vars(self.at), "model": self.model.state_dict(), "optimizers": optimizers}
-            self.folder.save(STATE_FILE, state)
+            self.store.save(STATE_FILE, state)
 
     @contextlib.contextmanager
     def _tensorboard(self) -> Iterator[Callable[[str, float], None]]:
@@ -278,7 +280,7 @@ class _Trainer:
         from torch.utils.tensorboard import SummaryWriter
 
         # What was logged after the checkpoint is about to be logged again.
-        with SummaryWriter(str(self.folder.folder), purge_step=self.at.steps + 1) as writer:
+        with SummaryWriter(str(self.store.folder), purge_step=self.at.steps + 1) as writer:
             yield lambda name, value: writer.add_scalar(name, value, self.at.steps)
 
 
