@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as nnf
 
 from autoint_fast.clicklog.shards import Split
+from autoint_fast.files import replacing
 from autoint_fast.training import NonFiniteLoss, Outcome, Progress, Settings, evaluate, train
 from autoint_fast.training.evaluate import measure
-from autoint_fast.training.files import replacing
 from autoint_fast.training.run import BEST_FILE, STATE_FILE, Run
 from tests import train_worker
 from tests.clicks import prepared

@@ -22,6 +22,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..files import sync_folder
 from .encode import Encoder, ahead
 from .reader import (
     CRITEO_CATEGORICAL,
@@ -378,7 +379,7 @@ def _replacing(out: Path, force: bool) -> Iterator[Path]:
         with _locked(work):
             yield work
             new, old = work / "new", work / "old"
-            _sync(new)
+            sync_folder(new)
             if force and out.is_dir() and any(out.iterdir()):
                 os.rename(out, old)
             try:
@@ -387,7 +388,7 @@ def _replacing(out: Path, force: bool) -> Iterator[Path]:
                 if old.is_dir():
                     os.rename(old, out)
                 raise
-            _sync(out.parent)
+            sync_folder(out.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -412,16 +413,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .files import make_folder, replacing
+from ..files import make_folder, replacing
 from .run import Run, device_for
 
 # Attention is (B, H, F, F) for each layer.

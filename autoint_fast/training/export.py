@@ -16,10 +16,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import op
+from ..files import make_folder, move_durably
 from ..fused import Fused
 from ..model import AutoInt
 from ..weights import CONCATENATED, IDENTITY, LN2, MERGED, PROJECTION, choose_layout
-from .files import make_folder, move_durably
 from .run import Run
 
 PROGRAM_FILE, ONNX_FILE = "model.pt2", "model.onnx"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .files import check_absent, replacing
+from ..files import check_absent, replacing
 from .run import Run, device_for
 
 # Of raw rows held at a time.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files import make_folder, replacing
 from ..model import AutoInt
-from .files import make_folder, replacing
 from .settings import Settings
 
 if TYPE_CHECKING:
