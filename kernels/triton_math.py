@@ -81,20 +81,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def operands(t, PRECISION: tl.constexpr):
-    """What `multiply` takes of t: t itself, or the leading bits and the exact rest, cut once for every use.
+    """What `multiply` takes of t: t itself, centred for "tf32", or its leading bits and the exact rest, cut once for
+    every use.
 
     The rest has either sign, so what the tensor core cuts off it does not add up.
     """
     if PRECISION == "tf32x4":
         high = _leading(t)
         return (high, t - high)
+    elif PRECISION == "tf32":
+        return (t * TF32_CENTRE,)
     else:
         return (t,)
 
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, RESTS: tl.constexpr = True):
-    """acc + a b of `operands`, in the precisions of `dot`, but "tf32" without centring: see `centre`.
+    """acc + a b of `operands`, in the precisions of `dot`.
 
     RESTS: whether, for fp32's accuracy, the product of the rests is added too.
     """
@@ -106,19 +109,6 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, RESTS: tl.constexpr = True):
         return tl.dot(a[0], b[0], acc, input_precision="tf32", out_dtype=acc.dtype)
     else:
         return tl.dot(a[0], b[0], acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def centre(t, TIMES: tl.constexpr, PRECISION: tl.constexpr):
-    """t scaled up by what so many cut TF32 operands lose on average; t in other precisions.
-
-    Which factor of a product is scaled does not matter, so that of several products can be had for one: scaled weights
-    leave the tiles of a sample alone.
-    """
-    if PRECISION == "tf32":
-        for _ in tl.static_range(TIMES):
-            t = t * TF32_CENTRE
-    return t
 
 
 # An fp32 accumulator holds columns (2t, 2t+1) of every 8 in thread t, while the left operand of the next TF32 dot

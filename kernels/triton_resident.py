@@ -16,7 +16,6 @@ from .triton_math import (
     MERGED,
     PROJECTION,
     as_operand,
-    centre,
     from_quads,
     left_operand,
     left_order,
@@ -46,12 +45,11 @@ from .triton_unshifted import (
 
 @triton.jit
 def _load_weight(
-    pointer, rows, stride, TIMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
+    pointer, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Operands of a matrix (ROWS, COLUMNS), its rows in an order and its columns as quads. TIMES: see `centre`."""
+    """Operands of a matrix (ROWS, COLUMNS), its rows in an order and its columns as quads."""
     block = load_block(pointer, 0, 0, rows, quad_order(tl.arange(0, BLOCK)), stride, ROWS, COLUMNS)
-    return operands(centre(block, TIMES, PRECISION).to(DTYPE), PRECISION)
+    return operands(block.to(DTYPE), PRECISION)
 
 
 @triton.jit
@@ -59,12 +57,12 @@ def _load_head(
     weights, h, E: tl.constexpr, H: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr, REORDER: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A_h, c_h and M_h, made up for what is cut from x and A, then from q and x; and from x, z and M."""
+    """A_h, c_h and M_h, the matrices as operands."""
     i = tl.arange(0, BLOCK)
-    a = _load_weight(weights + h * E, left_order(i, REORDER), H * E, 4, E, E, PRECISION, DTYPE)
-    c = centre(load_vector(weights + E * H * E + h * E, 0, quad_order(i), E), 2, PRECISION)
+    a = _load_weight(weights + h * E, left_order(i, REORDER), H * E, E, E, PRECISION, DTYPE)
+    c = load_vector(weights + E * H * E + h * E, 0, quad_order(i), E)
     m = weights + (E + 1) * H * E + h * E * O
-    return a, c, _load_weight(m, reordered(i, REORDER), O, 3, E, O, PRECISION, DTYPE)
+    return a, c, _load_weight(m, reordered(i, REORDER), O, E, O, PRECISION, DTYPE)
 
 
 @triton.jit
@@ -222,7 +220,7 @@ def forward_resident(
     i = tl.arange(0, BLOCK)
     r = ()
     if RESIDUAL == PROJECTION:
-        r = _load_weight(weights + AT_R, left_order(i, REORDER), O, 2, E, O, PRECISION, dtype)
+        r = _load_weight(weights + AT_R, left_order(i, REORDER), O, E, O, PRECISION, dtype)
     b = load_vector(weights + AT_B, 0, quad_order(i), O) + load_vector(weights + AT_B + O, 0, quad_order(i), O)
     ones = ()
     for k in tl.static_range(nb):

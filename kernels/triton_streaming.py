@@ -21,7 +21,6 @@ from .triton_math import (
     NEG_INF,
     PROJECTION,
     as_operand,
-    centre,
     column_run,
     dot,
     finite,
@@ -404,7 +403,7 @@ def attend_unshifted(
     left = ()
     z = ()
     for i in tl.static_range(len(q)):
-        left = left + (operands(centre(q[i], 2, PRECISION), PRECISION),)
+        left = left + (operands(q[i], PRECISION),)
         z = z + (tl.zeros((n_rows, BLOCK), ACC),)
     sums = tl.zeros((n_rows, 8), ACC)
     for first in tl.range(0, key_end, KEYS):
@@ -418,7 +417,7 @@ def attend_unshifted(
     )  # fmt: skip
     total = sums_of_rows(sums)
     doubt = doubt_sums(doubt, total, dtype)
-    scale = centre(scales_of_rows(total, EXACT), 1, PRECISION)
+    scale = scales_of_rows(total, EXACT)
     scaled = ()
     for i in tl.static_range(len(z)):
         scaled = scaled + (z[i] * scale,)

@@ -24,12 +24,12 @@ from .triton_math import (
     reciprocal,
 )
 
-# Sums may be from 2^-40 to 2^40, as bits of fp32; P in fp16 is finite below 2^16 and loses bits below 2^-14, which does
-# not show in a sum of 1/4 or more.
-LEAST = _constant(0x2B800000)
-SPAN = _constant(0x53800000 - 0x2B800000)
-LEAST_FP16 = _constant(0x3E800000)
-SPAN_FP16 = _constant(0x47000000 - 0x3E800000)
+# Sums may be from 2^-16 to 2^40, as bits of fp32: then no P above 2^-110 of its row's sum is lost. P in fp16 is finite
+# below 2^16 and loses bits below 2^-14, which in a sum of 1 or more are no more than rounding a normalised P loses.
+LEAST = _constant(0x37800000)
+SPAN = _constant(0x53800000 - 0x37800000)
+LEAST_FP16 = _constant(0x3F800000)
+SPAN_FP16 = _constant(0x47000000 - 0x3F800000)
 
 
 @triton.jit

@@ -13,10 +13,19 @@ from torch import Tensor
 from autoint_fast import InteractingLayer
 from autoint_fast.kernels import triton_engine, triton_resident, triton_streaming
 from autoint_fast.kernels.triton_launch import Config, Launch, packed_samples
-from autoint_fast.weights import BARE, MERGED, NEED_INPUT, NEED_WEIGHTS, NO_RESIDUAL, Layout
+from autoint_fast.weights import (
+    BARE,
+    IDENTITY,
+    MERGED,
+    NEED_INPUT,
+    NEED_WEIGHTS,
+    NO_RESIDUAL,
+    PROJECTION,
+    Layout,
+)
 from tests.honest_interpreter import overflow_checks
 from tests.layouts import draw_packed, interact_plainly
-from tests.numerics import assert_close_to_truth
+from tests.numerics import EmulatedTF32, assert_close_to_truth
 
 EVERYTHING = NEED_INPUT | NEED_WEIGHTS
 PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x4": torch.float32}
@@ -228,3 +237,49 @@ def test_addresses_beyond_32_bits(dimension: int) -> None:
         triton_engine.interact_backward(
             x, x, case.packed, case.out.float(), None, case.layout, EVERYTHING, Config("tf32x4", pack=16)
         )
+
+
+@pytest.mark.parametrize("fields", [7, 39])
+@pytest.mark.parametrize(
+    ("dtype", "top", "gap", "value"),
+    [
+        (torch.float16, -2.0, 24.0, 100.0),
+        (torch.float16, -1.9, 22.0, 8.0),
+        (torch.bfloat16, -39.0, 100.0, 1e28),
+        (torch.float32, -39.0, 100.0, 1e28),
+        (torch.float32, -39.0, 109.0, 1.0),
+    ],
+)
+def test_values_of_keys_that_hardly_count(
+    dtype: torch.dtype, top: float, gap: float, value: float, fields: int
+) -> None:
+    """One key has all the attention and nothing to give, so what the others add to the output is all there is."""
+    layout = Layout(1, 16, 16, 16, 0, MERGED, NO_RESIDUAL, 0)
+    packed = torch.zeros(layout.numel)
+    parts = layout.parts(packed)
+    parts.c[0, 0] = 1.0
+    parts.m[0, 1, :] = 1.0
+    x = torch.zeros(1, fields, 16)
+    x[:, :, 0], x[:, 0, 0], x[:, 1:, 1] = top - gap, top, value
+    x = x.to(dtype)
+    truth = interact_plainly(x.double(), packed.double(), None, layout)
+    out = triton_engine.interact(x, packed, None, layout)
+    assert_close_to_truth("out", out, interact_plainly(x, packed, None, layout), truth)
+
+
+@pytest.mark.parametrize("weights_too", [False, True])
+@pytest.mark.parametrize("residual", [NO_RESIDUAL, IDENTITY, PROJECTION])
+@pytest.mark.parametrize("fields", [7, 39, 70])
+def test_tf32_of_numbers_that_lose_nothing(
+    fields: int, residual: int, weights_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As embeddings that come from bf16: what others are scaled up for is not cut off them."""
+    monkeypatch.setattr(triton_engine, "allow_tf32", lambda: True)
+    layout = Layout(2, 16, 16, 16, 0, MERGED, residual)
+    x, packed = torch.randn(1, fields, 16).bfloat16().float(), draw_packed(layout).float()
+    if weights_too:
+        packed = packed.bfloat16().float()
+    with EmulatedTF32():
+        plain = interact_plainly(x, packed, None, layout)
+    truth = interact_plainly(x.double(), packed.double(), None, layout)
+    assert_close_to_truth("out", triton_engine.interact(x, packed, None, layout), plain, truth)
