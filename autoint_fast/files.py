@@ -35,6 +35,12 @@ def replacing(path: Path, mode: str = "wb", **how: Any) -> Iterator[IO[Any]]:
     sync_folder(path.parent)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Removes what a kill left of `path` being written. Raises OSError."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)
+
+
 def move_durably(made: Path, path: Path) -> None:
     """A file that is whole takes the place of another. Raises OSError."""
     with made.open("rb+") as file:

@@ -156,13 +156,11 @@ class AutoInt(nn.Module):
         self.names = _names(names, self.n_categorical, n_numeric)
 
         # A number has a row to look up, and what is missing the next one.
-        starts = list(itertools.accumulate([*cardinalities, *[2] * n_numeric], initial=0))
-        rows = nn.init.normal_(torch.empty(starts[-1], emb_size, device=device, dtype=dtype), std=EMBEDDING_STD)
+        n_rows = sum(cardinalities) + 2 * n_numeric
+        rows = nn.init.normal_(torch.empty(n_rows, emb_size, device=device, dtype=dtype), std=EMBEDDING_STD)
         # A module, as that is where DistributedDataParallel looks for sparse gradients; it is never called.
         self.embedding = nn.Embedding.from_pretrained(rows, freeze=False, sparse=sparse)
-        highest = torch.tensor([size - 1 for size in cardinalities], dtype=torch.int64, device=device)
-        self.register_buffer("offsets", torch.tensor(starts[:-1], device=device), persistent=False)
-        self.register_buffer("highest", highest, persistent=False)
+        self._set_ranges(self.embedding.weight.device)
 
         kind: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         if layer == "standard":
@@ -242,6 +240,21 @@ class AutoInt(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.n_categorical} categorical fields, {self.n_numeric} numeric"
+
+    def _set_ranges(self, device: torch.device) -> None:
+        """Where the fields' rows begin in the table, and the highest id of each categorical field."""
+        starts = list(itertools.accumulate([*self.cardinalities, *[2] * self.n_numeric], initial=0))
+        highest = torch.tensor([size - 1 for size in self.cardinalities], dtype=torch.int64, device=device)
+        self.register_buffer("offsets", torch.tensor(starts[:-1], device=device), persistent=False)
+        self.register_buffer("highest", highest, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AutoInt:
+        had_no_memory = self.offsets.is_meta
+        super()._apply(fn, recurse)
+        if had_no_memory and not self.offsets.is_meta:
+            # No checkpoint has them, and `to_empty` leaves whatever was in memory.
+            self._set_ranges(self.offsets.device)
+        return self
 
     def _check_form(self, categorical: Tensor, numeric: Tensor | None) -> None:
         expected = f"a (B, {self.n_categorical}) int64 tensor"

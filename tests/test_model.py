@@ -386,3 +386,11 @@ def test_bad_argument(case: str) -> None:
     positional, named, error, message = BAD_ARGUMENTS[case]
     with pytest.raises(error, match=re.compile(f"^{message}")):
         AutoInt(*positional, **named)
+
+
+def test_made_without_memory_first() -> None:
+    model = AutoInt([5, 7], 2, emb_size=8, n_layers=1)
+    later = AutoInt([5, 7], 2, emb_size=8, n_layers=1, device="meta").to_empty(device="cpu")
+    later.load_state_dict(model.state_dict())
+    inputs = torch.tensor([[4, 6], [0, 1]]), torch.randn(2, 2)
+    torch.testing.assert_close(later(*inputs), model(*inputs), rtol=0, atol=0)

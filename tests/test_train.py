@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as nnf
 
 from autoint_fast.clicklog.shards import Split
+from autoint_fast.clicklog.vocabulary import VOCABULARY_FILE
 from autoint_fast.files import replacing
 from autoint_fast.training import NonFiniteLoss, Outcome, Progress, Settings, evaluate, train
 from autoint_fast.training.evaluate import measure
@@ -235,6 +239,82 @@ def test_data_of_another_kind(data: Path, tmp_path: Path) -> None:
     for call in (lambda: evaluate(tmp_path / "run", other), lambda: train(other, tmp_path / "run", SMALL, resume=True)):
         with pytest.raises(ValueError, match="other columns or another vocabulary"):
             call()
+
+
+def test_data_with_another_vocabulary(data: Path, tmp_path: Path) -> None:
+    """Of as many values, so that only the ids tell."""
+    train(data, tmp_path / "run", SMALL)
+    other = shutil.copytree(data, tmp_path / "other")
+    table = pq.read_table(other / VOCABULARY_FILE)
+    first = pc.equal(table["field"], "site")
+    sites = table.filter(first)
+    swapped = sites.set_column(2, "value", sites["value"].take([1, 0, *range(2, len(sites))]))
+    pq.write_table(pa.concat_tables([swapped, table.filter(pc.invert(first))]), other / VOCABULARY_FILE)
+    for call in (lambda: evaluate(tmp_path / "run", other), lambda: train(other, tmp_path / "run", SMALL, resume=True)):
+        with pytest.raises(ValueError, match="other columns or another vocabulary"):
+            call()
+
+
+def test_prepared_data_is_no_place_for_a_run(data: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(data, tmp_path / "other")
+    for folder in (other, data):
+        with pytest.raises(FileExistsError, match="expected a folder for the run, got prepared data"):
+            train(data, folder, SMALL, force=True)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == {
+        path.name: path.read_bytes() for path in data.iterdir()
+    }
+
+
+def test_damaged_files_of_a_run(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(data, run, SMALL)
+    for name, call in (
+        (BEST_FILE, lambda: evaluate(run, data)),
+        (STATE_FILE, lambda: train(data, run, dataclasses.replace(SMALL, epochs=4), resume=True)),
+    ):
+        os.truncate(run / name, 3000)
+        with pytest.raises(ValueError, match=f"{name}: expected a whole file of this run"):
+            call()
+
+
+def test_a_run_whose_making_was_killed(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(data / VOCABULARY_FILE, run)
+    with pytest.raises(FileExistsError, match="an empty one"):
+        train(data, run, SMALL)
+    train(data, run, SMALL, resume=True)
+    train(data, tmp_path / "other", SMALL)
+    assert_same(state(run), state(tmp_path / "other"))
+
+
+def test_what_a_kill_left_is_removed(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, SMALL)
+    left = tmp_path / f".{STATE_FILE}.abc"
+    left.touch()
+    train(data, tmp_path, dataclasses.replace(SMALL, epochs=4), resume=True)
+    assert not left.exists()
+
+
+def test_a_validation_row_that_is_too_much(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Split.batch
+
+    def spoilt(self: Split, rows: Any) -> Any:
+        found = batch(self, rows)
+        if self.split == "validation":
+            found.numeric[7] = 3e38
+        return found
+
+    monkeypatch.setattr(Split, "batch", spoilt)
+    with pytest.raises(ValueError, match="row 7 of validation: expected a finite logit, got"):
+        train(data, tmp_path / "run", SMALL)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps"])
+def test_a_device_that_will_not_do(device: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"device: expected cpu, cuda or xpu, got '{device}'"):
+        train(data, tmp_path / "run", SMALL, device=device)
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_where_there_is_no_model(data: Path, tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ class _Log:
             TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} per second"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*parts, console=Console(stderr=True), disable=not progress)
+        console = Console(stderr=True)
+        self._bar = Progress(*parts, console=console, disable=not (progress and console.is_terminal))
 
     def __enter__(self) -> _Log:
         self._bar.start()

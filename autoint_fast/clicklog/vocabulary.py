@@ -199,6 +199,11 @@ class Vocabulary:
         """Per column the number of ids, 0 counted in."""
         return tuple(len(counts) + 1 for counts in self.counts)
 
+    def equals(self, other: Vocabulary) -> bool:
+        """Whether both give every value the same id, and count it alike: then they are of the same training rows."""
+        mine, theirs = ((*v._hashes, *v._ids, *v.counts) for v in (self, other))
+        return len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
+
     def ids(self, column: int, hashes: np.ndarray) -> np.ndarray:
         """(n,) int64: the ids of values by their hashes, 0 for what has none."""
         known = self._hashes[column]

@@ -50,7 +50,10 @@ def logits_of(
     amp: bool = False,
     advance: Callable[[int], object] = lambda rows: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and logits of some rows of a split; `advance` is told how many are done."""
+    """Labels and logits of some rows of a split; `advance` is told how many are done.
+
+    Raises ValueError for a logit that is not finite.
+    """
     labels, logits = np.empty(len(rows), np.float32), np.empty(len(rows), np.float32)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for start in range(0, len(rows), EVALUATION_BATCH):
@@ -59,6 +62,10 @@ def logits_of(
             arguments = (categorical.to(device), numeric.to(device) if numeric.shape[1] else None)
             labels[part] = label.numpy()
             logits[part] = model(*arguments).float().cpu().numpy()
+            finite = np.isfinite(logits[part])
+            if not finite.all():
+                row = rows.start + start + int(np.argmin(finite))
+                raise ValueError(f"row {row} of {split.split}: expected a finite logit, got {logits[part][~finite][0]}")
             advance(part.stop - part.start)
     return labels, logits
 
@@ -94,7 +101,7 @@ def evaluate(
     from ..clicklog.shards import Split
 
     opened, rows = Run.open(Path(run)), Split(data, split)
-    opened.check(rows.schema)
+    opened.check(Path(data))
     where = device_for(device)
     model: AutoInt = opened.model(where)
     return evaluate_split(model, rows, Processes(0, 1, where), opened.settings.amp, advance)

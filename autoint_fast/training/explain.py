@@ -78,7 +78,7 @@ def explain(
     from ..clicklog.shards import Split
 
     opened, rows = Run.open(Path(run)), Split(data, split)
-    opened.check(rows.schema)
+    opened.check(Path(data))
     if not 0 <= row < len(rows):
         raise ValueError(f"row: expected a row of the split {split}, 0 to {len(rows) - 1}, got {row}")
     if most_rows < 1:

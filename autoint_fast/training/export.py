@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import tempfile
@@ -126,7 +127,10 @@ def export_model(model: AutoInt, out: Path) -> Exported:
     # Both writers name files themselves; so they write beside, and what is whole takes its place.
     with torch.no_grad(), _quiet(), tempfile.TemporaryDirectory(prefix=".export-", dir=out) as aside:
         program = torch.export.export(plain, (), arguments, dynamic_shapes=dynamic)
-        torch.export.save(program, Path(aside, PROGRAM_FILE))
+        # By way of memory: with a full disk, torch's own writing ends the process.
+        saved = io.BytesIO()
+        torch.export.save(program, saved)
+        Path(aside, PROGRAM_FILE).write_bytes(saved.getbuffer())
         torch.onnx.export(
             program,
             (),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ..files import make_folder, replacing
+from ..files import make_folder, remove_unfinished, replacing
 from ..model import AutoInt
 from .settings import Settings
 
@@ -32,12 +32,20 @@ class Run:
     settings: Settings
 
     @classmethod
-    def create(cls, folder: Path, settings: Settings, data: Path, force: bool = False) -> Run:
-        """A new run on prepared data. Raises FileExistsError for a folder that is not empty, unless with `force`."""
+    def create(cls, folder: Path, settings: Settings, data: Path, force: bool = False, resume: bool = False) -> Run:
+        """A new run on prepared data.
+
+        resume: a folder with the beginnings of a run, whose making was killed, will do. Raises FileExistsError for
+        prepared data, and for any other folder that is not empty, unless with `force`.
+        """
         from ..clicklog.encode import Encoder
+        from ..clicklog.shards import MANIFEST_FILE
 
         Encoder.load(data)
-        make_folder(folder, force)
+        if (folder / MANIFEST_FILE).exists():
+            raise FileExistsError(f"{folder}: expected a folder for the run, got prepared data")
+        begun = resume and folder.is_dir() and {path.name for path in folder.iterdir()} <= set(Encoder.FILES)
+        make_folder(folder, force or begun)
         # The settings go first and come last: only with them a folder is a run.
         for name in (SETTINGS_FILE, STATE_FILE, BEST_FILE, BAD_BATCH_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -65,33 +73,55 @@ class Run:
 
         return Schema.load(self.folder)
 
-    def check(self, schema: Schema) -> None:
-        """Raises ValueError where prepared data with `schema` is not what this run is trained on."""
-        if schema != self.schema:
+    def check(self, data: Path) -> None:
+        """Raises ValueError where prepared data is not what this run is trained on."""
+        from ..clicklog.encode import Encoder
+
+        mine, theirs = Encoder.load(self.folder), Encoder.load(data)
+        if mine.schema != theirs.schema or not mine.vocabulary.equals(theirs.vocabulary):
             raise ValueError(
-                f"expected data prepared as that of {self.folder}, got other columns or another vocabulary"
+                f"{data}: expected the data that {self.folder} is trained on, got other columns or another vocabulary"
             )
 
+    def clean(self) -> None:
+        """Removes what a kill left of files that were being written."""
+        for name in (SETTINGS_FILE, STATE_FILE, BEST_FILE, BAD_BATCH_FILE):
+            remove_unfinished(self.folder / name)
+
     def save(self, name: str, state: dict[str, Any]) -> None:
+        """Raises OSError, and leaves what was there, where the disk is full."""
         with replacing(self.folder / name) as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # What torch makes of a full disk.
+                raise OSError(f"{self.folder / name}: it could not be written: {error}") from error
 
     def state(self) -> dict[str, Any] | None:
-        """What was saved to resume from; None before the first checkpoint."""
+        """What was saved to resume from; None before the first checkpoint. Raises ValueError for a damaged file."""
         path = self.folder / STATE_FILE
-        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+        return _load(path) if path.is_file() else None
 
     def model(self, device: torch.device | str = "cpu") -> AutoInt:
-        """The best model so far, in eval mode and frozen. Raises FileNotFoundError before the first evaluation."""
+        """The best model so far, in eval mode and frozen.
+
+        Raises FileNotFoundError before the first evaluation, ValueError for a damaged file.
+        """
         path = self.folder / BEST_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"{self.folder}: expected a run with an evaluated model, found no {BEST_FILE} there"
             )
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         model = self.settings.model(self.schema)
-        model.load_state_dict(weights)
+        model.load_state_dict(_load(path))
         return model.to(device).eval().freeze()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: expected a whole file of this run: {error}") from error
 
 
 def device_for(device: torch.device | str | None) -> torch.device:
@@ -102,6 +132,8 @@ def device_for(device: torch.device | str | None) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device: expected one that torch knows, such as cpu or cuda:0, got {device!r}") from None
+    if found.type not in ("cpu", "cuda", "xpu"):
+        raise ValueError(f"device: expected cpu, cuda or xpu, got {device!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: torch finds {torch.cuda.device_count()} CUDA devices, got {device!r}")
     return found

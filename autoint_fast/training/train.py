@@ -90,7 +90,9 @@ def train(
             if len(split) == 0:
                 raise ValueError(f"{data}: expected rows in the split {name}, got none")
         opened = _open(Path(data), Path(run), settings, resume, force, among)
-        opened.check(training.schema)
+        opened.check(Path(data))
+        if among.first:
+            opened.clean()
         with _own_random_numbers(among.device):
             trainer = _Trainer(
                 opened, training, validation, among, progress if among.first and progress else Progress()
@@ -115,7 +117,7 @@ def _open(data: Path, folder: Path, settings: Settings | None, resume: bool, for
     error: Exception | None = None
     if among.first:
         try:
-            Run.create(folder, settings or Settings(), data, force)
+            Run.create(folder, settings or Settings(), data, force, resume)
         except Exception as caught:
             error = caught
     error = among.gather(error)[0]
