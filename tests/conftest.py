@@ -41,9 +41,14 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, so that other workers of pytest-xdist do the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_processes.py")
+    """What takes minutes comes first, each at the head of a worker's first share, as pytest-xdist deals them out."""
+    long = [item for item in items if item.path.name == "test_processes.py"]
+    items[:] = [item for item in items if item.path.name != "test_processes.py"]
+    share = len(items) // (4 * int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    for i, item in enumerate(long):
+        items.insert(i * share + i, item)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
