@@ -118,7 +118,8 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
             hoist = layout.n_head <= 4
         else:
             full = layout.emb_size == layout.out_size == BLOCK
-            hoist = layout.n_head <= 2 and full and (precision == "tf32" or mask_kind == MASK_NONE)
+            spare = precision == "tf32" or (mask_kind == MASK_NONE and n_fields <= 3 * BLOCK)
+            hoist = layout.n_head <= 2 and full and spare
         return Config(
             precision,
             resident=True,
@@ -131,8 +132,8 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     wide = widest > 2 * BLOCK
     narrow = not wide and max(layout.emb_size, layout.rank) <= BLOCK
     rows = 2 * BLOCK if narrow and n_fields > BLOCK else BLOCK
-    # A mask of pairs takes as many registers as the scores.
-    pressed = mask_kind == MASK_PAIRS or (precision == "tf32x4" and mask_kind != MASK_NONE) or (fp32 and wide)
+    # A mask of pairs takes as many registers as the scores, an operand cut in two twice its own.
+    pressed = mask_kind == MASK_PAIRS or precision == "tf32x4" or (fp32 and wide)
     keys = BLOCK if pressed else 2 * BLOCK
     # Operands cut once, and what a second path needs, take more registers than several chunks leave.
     shifted = widest > BLOCK

@@ -99,7 +99,7 @@ def operands(t, PRECISION: tl.constexpr):
 def multiply(a, b, acc, PRECISION: tl.constexpr, RESTS: tl.constexpr = True):
     """acc + a b of `operands`, in the precisions of `dot`.
 
-    RESTS: whether, for fp32's accuracy, the product of the rests is added too.
+    RESTS: with the product of the rests. Logits do without: what it adds is less than an exponent rounds.
     """
     if PRECISION == "tf32x4":
         if RESTS:

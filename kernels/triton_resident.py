@@ -92,7 +92,7 @@ def _attend(
         q = multiply(x_left, a, tl.zeros((BLOCK, BLOCK), y.dtype), PRECISION)
         q = tl.fma(q, tl.full((BLOCK, BLOCK), 1.0, y.dtype), c)
     else:
-        q = multiply(x_left, a, c, PRECISION)
+        q = multiply(x_left, a, c, PRECISION, RESTS=False)
     q = operands(as_operand(q.to(dtype), REORDER), PRECISION)
     z = (tl.zeros((BLOCK, BLOCK), y.dtype),)
     sums = tl.zeros((BLOCK, 8), y.dtype)

@@ -107,7 +107,6 @@ def add_keys(
 ):
     """z + P values and sums + P ones, where P = 2^(start + q keys)."""
     for i in tl.static_range(len(q)):
-        # Of all products only this one meets the rule without that of the rests.
         start = multiply(q[i], keys[i], start, PRECISION, RESTS=False)
     p = tl.exp2(start)
     if len(counts) > 0:
