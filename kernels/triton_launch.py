@@ -28,7 +28,7 @@ from ..weights import (
     Layout,
     Parts,
 )
-from . import triton_backward, triton_fold, triton_resident, triton_streaming
+from . import triton_backward, triton_backward_resident, triton_fold, triton_resident, triton_streaming
 
 BLOCK = 16
 MASK_NONE, MASK_KEYS, MASK_PAIRS = 0, 1, 2
@@ -327,7 +327,7 @@ def backward_launch(
     tensors = (grad, x, packed, mask_tensor, out, d_x, partial)
     args = (batch, *grad.stride(), *x.stride(), *mask_strides)
     if config.resident:
-        kernel = triton_backward.backward_resident
+        kernel = triton_backward_resident.backward_resident
         del form["FACTORED"], dots["REORDER"]
         cut["HOIST"] = config.hoist
     else:
