@@ -90,7 +90,6 @@ def train(
             if len(split) == 0:
                 raise ValueError(f"{data}: expected rows in the split {name}, got none")
         opened = _open(Path(data), Path(run), settings, resume, force, among)
-        opened.check(Path(data))
         if among.first:
             opened.clean()
         with _own_random_numbers(among.device):
@@ -106,6 +105,7 @@ def _open(data: Path, folder: Path, settings: Settings | None, resume: bool, for
     begun = among.gather((folder / SETTINGS_FILE).exists())[0]
     if resume and begun:
         opened = Run.open(folder)
+        opened.check(data)
         if settings is None:
             return opened
         free = {"epochs": settings.epochs, "patience": settings.patience}
