@@ -41,6 +41,14 @@ def remove_unfinished(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+def write_durably(path: Path, content: bytes) -> None:
+    """A file that is on the disk when this returns. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def move_durably(made: Path, path: Path) -> None:
     """A file that is whole takes the place of another. Raises OSError."""
     with made.open("rb+") as file:

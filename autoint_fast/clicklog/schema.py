@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_durably
+
 SCHEMA_FILE = "schema.json"
 VERSION = 1
 FORMATS = ("criteo", "csv", "parquet")
@@ -110,11 +112,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """A file that is on the disk when this returns. Raises OSError."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

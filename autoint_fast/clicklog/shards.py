@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .schema import Schema, read_json, write_durably
+from ..files import write_durably
+from .schema import Schema, read_json
 
 SPLITS = ("train", "validation", "test")
 # How many rows each shard has, by split, so that a shard that is missing does not go unnoticed.

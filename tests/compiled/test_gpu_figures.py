@@ -8,14 +8,11 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from benchmarks import gpu_figures, sass
 from benchmarks.cases import SHAPES, Shape
@@ -23,20 +20,9 @@ from benchmarks.chips import ARCHS
 from benchmarks.gpu_figures import HELD, Held, Kernel, complaints, current, load
 from benchmarks.launches import TF32, record
 from benchmarks.offline import compile_launch, instructions, pipe
+from tests.compiled.test_offline import Launch, _chain, meta
 
 NVIDIA = list(ARCHS)
-
-
-@dataclass(frozen=True)
-class Launch:
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 # --- the table ----------------------------------------------------------------------------------------------
@@ -52,19 +38,6 @@ def test_no_launch_is_worse_than_the_table_says(held: Held) -> None:
 
 
 # --- compiled code is followed as it would run --------------------------------------------------------------
-
-
-@triton.jit
-def _chain(x, w, out, samples, heads, PRECISION: tl.constexpr):
-    """Per sample, one product of [32, 16] with a [16, 16] matrix for each head."""
-    rows, columns = tl.arange(0, 32)[:, None], tl.arange(0, 16)[None, :]
-    for sample in tl.range(tl.program_id(0), samples, tl.num_programs(0)):
-        tile = tl.load(x + sample * 512 + rows * 16 + columns)
-        acc = tl.zeros((32, 16), tl.float32)
-        for head in tl.range(heads):
-            weight = tl.load(w + head * 256 + tl.arange(0, 16)[:, None] * 16 + columns)
-            acc = tl.dot(tile, weight, acc, input_precision=PRECISION)
-        tl.store(out + sample * 512 + rows * 16 + columns, acc)
 
 
 @triton.jit
