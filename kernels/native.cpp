@@ -19,8 +19,8 @@
 #ifdef AUTOINT_PROFILE
 #include <chrono>
 #endif
-#if defined(__AVX512BF16__) && AUTOINT_T == 2
-// Compilers disagree on the builtins for bf16.
+#if (defined(__AVX512BF16__) && AUTOINT_T == 2) || (defined(__F16C__) && AUTOINT_T == 3)
+// Compilers disagree on the builtins for bf16, and convert vectors of halves number by number.
 #include <immintrin.h>
 #endif
 
@@ -215,6 +215,7 @@ INLINE void transpose(Vector (&v)[LANES]) {
 // --- elements of tensors ---------------------------------------------------------------------------------------------
 
 #if AUTOINT_T == 2
+typedef Element Elements __attribute__((vector_size(AUTOINT_LANE_BYTES / 2)));
 INLINE Real to_real(Element t) {
     std::uint32_t bits = std::uint32_t(t) << 16;
     float value;
@@ -245,6 +246,15 @@ INLINE Element to_element(Real value) {
     std::memcpy(&t, &half, 2);
     return t;
 }
+#if defined(__AVX512F__) && AUTOINT_LANE_BYTES == 64
+#define HALVES 1
+INLINE Vector to_reals(__m256i halves) { return (Vector)_mm512_cvtph_ps(halves); }
+INLINE __m256i to_halves(Vector v) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_CUR_DIRECTION); }
+#elif defined(__F16C__) && AUTOINT_LANE_BYTES == 32
+#define HALVES 1
+INLINE Vector to_reals(__m128i halves) { return (Vector)_mm256_cvtph_ps(halves); }
+INLINE __m128i to_halves(Vector v) { return _mm256_cvtps_ph((__m256)v, _MM_FROUND_CUR_DIRECTION); }
+#endif
 #else
 INLINE Real to_real(Element t) { return t; }
 #endif
@@ -253,6 +263,14 @@ INLINE Vector load(const Element* from) {
     Vector v;
 #if AUTOINT_T < 2
     std::memcpy(&v, from, sizeof v);
+#elif AUTOINT_T == 2
+    Elements elements;
+    std::memcpy(&elements, from, sizeof elements);
+    v = (Vector)(__builtin_convertvector(elements, Integers) << 16);
+#elif defined(HALVES)
+    decltype(to_halves(v)) halves;
+    std::memcpy(&halves, from, sizeof halves);
+    v = to_reals(halves);
 #else
     for (int i = 0; i < LANES; ++i) v[i] = to_real(from[i]);
 #endif
@@ -264,10 +282,14 @@ INLINE void store_one(Real* to, Real value) { *to = value; }
 #if AUTOINT_T == 2
 INLINE void store(Element* to, Vector v) {
     // As to_element, which compilers do not see in a vector.
-    typedef Element Elements __attribute__((vector_size(AUTOINT_LANE_BYTES / 2)));
     const Integers bits = (Integers)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     const Elements elements = __builtin_convertvector(v == v ? rounded : Integers{} + 0x7fc0, Elements);
     std::memcpy(to, &elements, sizeof elements);
+}
+#elif defined(HALVES)
+INLINE void store(Element* to, Vector v) {
+    const auto halves = to_halves(v);
+    std::memcpy(to, &halves, sizeof halves);
 }
 #elif AUTOINT_T == 3
 INLINE void store(Element* to, Vector v) {
@@ -403,21 +425,17 @@ INLINE void multiply(Vector (&sums)[R][C], int64_t n, Left left, Right right) {
     }
 }
 
-// The same for many k: sums of sums, since the rounding of a sum grows with its length.
-template <int R, int C, class Left, class Right>
-INLINE void multiply_long(Vector (&sums)[R][C], int64_t n, Left left, Right right) {
+// The same for many k in pieces, each a sum from zero, as the rounding of a sum grows with its length: give(piece, is_first,
+// is_last).
+template <int R, int C, class Left, class Right, class Give>
+INLINE void multiply_long(int64_t n, Left left, Right right, Give give) {
     constexpr int64_t LONG = 32;
-    const int64_t pieces = (n + LONG - 1) / LONG;
-    for (int64_t i = 0; i < pieces; ++i) {
-        const int64_t first = n * i / pieces;
+    for (int64_t first = 0; first < n; first += LONG) {
         Vector piece[R][C] = {};
         multiply(
-            piece, n * (i + 1) / pieces - first, [&](int r, int64_t k) { return left(r, first + k); },
+            piece, n - first < LONG ? n - first : LONG, [&](int r, int64_t k) { return left(r, first + k); },
             [&](int64_t k, int c) { return right(first + k, c); });
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) sums[r][c] += piece[r][c];
+        give(piece, first == 0, first + LONG >= n);
     }
 }
 
@@ -596,40 +614,46 @@ struct Hidden {
     }
 };
 
-// to [R, N] += rows [R, K] weights, the weight (k, n) at k * k_stride + n * n_stride.
+constexpr Real ZEROS[128] = {};  // as many as MAX_WIDTH of native_engine.py
+
+// to [R, N] = start [N] + rows [R, K] weights, the weight (k, n) at k * k_stride + n * n_stride; without a start, to [R, N] +=.
 template <int R, class Row>
 SHARED void project(const Row* rows, int64_t row_stride, int64_t K, const Real* weights, int64_t k_stride, int64_t n_stride,
-                    Vector* to, int64_t to_stride, int64_t N) {
+                    Vector* to, int64_t to_stride, int64_t N, const Real* start = nullptr) {
     blocks<COLUMNS>(N, [&](auto size, int64_t n) {
         const Real* w = weights + n * n_stride;
-        Vector sums[R][size()] = {};
-        multiply_long(
-            sums, steps<Row>(K), [&](int r, int64_t k) { return rows[r * row_stride + k]; },
-            [&](int64_t k, int c) { return w[k * k_stride + c * n_stride]; });
-        add(sums, to + n, to_stride);
+        multiply_long<R, size()>(
+            steps<Row>(K), [&](int r, int64_t k) { return rows[r * row_stride + k]; },
+            [&](int64_t k, int c) { return w[k * k_stride + c * n_stride]; },
+            [&](auto& piece, bool is_first, bool) {
+                if (!start || !is_first) return add(piece, to + n, to_stride);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                    for (int c = 0; c < size; ++c) piece[r][c] += start[n + c];
+                write(piece, to + n, to_stride);
+            });
     });
 }
 
 // q = x a_h + c_h of a block of rows. [R, D]
 template <int R, class Row>
 INLINE void queries(const Shape& s, const Weights& w, const Row* x_rows, int64_t h, Vector* q) {
-    for (int r = 0; r < R; ++r)
-        for (int64_t d = 0; d < s.d; ++d) q[r * s.d + d] = broadcast(w.c[h * s.d + d]);
-    project<R>(x_rows, steps<Row>(s.e), s.e, w.a + h * s.d, s.h * s.d, 1, q, s.d, s.d);
+    project<R>(x_rows, steps<Row>(s.e), s.e, w.a + h * s.d, s.h * s.d, 1, q, s.d, s.d, w.c + h * s.d);
 }
 
 // The keys, or values, of head h of a block of rows. [R, D]
 template <int R, class Row>
 INLINE void head_rows(const Shape& s, const Real* weights, const Row* x_rows, int64_t h, Vector* to) {
-    std::memset((void*)to, 0, R * s.d * sizeof(Vector));
-    project<R>(x_rows, steps<Row>(s.e), s.e, weights + h * s.d, s.h * s.d, 1, to, s.d, s.d);
+    project<R>(x_rows, steps<Row>(s.e), s.e, weights + h * s.d, s.h * s.d, 1, to, s.d, s.d, ZEROS);
 }
 
 // p = 2^(q keys^T), not normalised, keys first [F, R], and the reciprocals of its sums: 0 for rows that see no key.
 // Keys are vectors, or scalars that all lanes share.
 template <int R, class Row, class Key>
 SHARED void attend(const Shape& s, const Key* keys, const Row* q, const Hidden& hidden, Vector* p, Vector (&scale)[R]) {
-    Vector top[R];
+    // In memory: the registers are for the sums.
+    Vector (&top)[R] = scale;
     for (int r = 0; r < R; ++r) top[r] = broadcast(-INF);
     const int64_t depth = steps<Row>(s.d);
     blocks<COLUMNS>(s.f, [&](auto size, int64_t t) {
@@ -637,13 +661,19 @@ SHARED void attend(const Shape& s, const Key* keys, const Row* q, const Hidden& 
         multiply(
             sums, depth, [&](int r, int64_t k) { return q[r * depth + k]; },
             [&](int64_t k, int c) { return keys[(t + c) * depth + k]; });
-        for (int c = 0; c < size; ++c)
-            for (int r = 0; r < R; ++r) {
+        Vector* scores = p + t * R;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            Vector highest = top[r];
+#pragma GCC unroll 8
+            for (int c = 0; c < size; ++c) {
                 Vector score = sums[r][c];
                 if (hidden.table) score = choose(hidden.table[r * hidden.stride + t + c], broadcast(-INF), score);
-                top[r] = choose(score > top[r], score, top[r]);
-                p[(t + c) * R + r] = score;
+                highest = choose(score > highest, score, highest);
+                scores[c * R + r] = score;
             }
+            top[r] = highest;
+        }
     });
     mark(SCORES);
     Vector sums[R] = {};
@@ -672,13 +702,19 @@ SHARED void attend(const Shape& s, const Key* keys, const Row* q, const Hidden& 
 template <int R, class Row, class Key>
 SHARED void weigh(const Shape& s, const Key* values, const Row* p, const Vector (&scale)[R], Vector* z) {
     blocks<COLUMNS>(s.d, [&](auto size, int64_t d) {
-        Vector sums[R][size()] = {};
-        multiply_long(
-            sums, steps<Row>(s.f), [&](int r, int64_t t) { return p[t * R + r]; },
-            [&](int64_t t, int c) { return values[t * s.d + d + c]; });
-        for (int c = 0; c < size; ++c)
-            for (int r = 0; r < R; ++r) sums[r][c] *= scale[r];
-        write(sums, z + d, s.d);
+        multiply_long<R, size()>(
+            steps<Row>(s.f), [&](int r, int64_t t) { return p[t * R + r]; },
+            [&](int64_t t, int c) { return values[t * s.d + d + c]; },
+            [&](auto& piece, bool is_first, bool is_last) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                    for (int c = 0; c < size; ++c) {
+                        if (!is_first) piece[r][c] += z[r * s.d + d + c];
+                        if (is_last) piece[r][c] *= scale[r];
+                    }
+                write(piece, z + d, s.d);
+            });
     });
 }
 
@@ -849,11 +885,10 @@ INLINE void outer(int64_t fields, const Vector* a, int64_t m, int64_t a_stride, 
                   int64_t b_stride, Vector* to, int64_t stride) {
     blocks<COLUMNS>(m, [&](auto rows, int64_t i) {
         blocks<COLUMNS>(n, [&](auto columns, int64_t j) {
-            Vector sums[rows()][columns()] = {};
-            multiply_long(
-                sums, fields, [&](int r, int64_t f) { return a[f * a_stride + i + r]; },
-                [&](int64_t f, int c) { return b[f * b_stride + j + c]; });
-            add(sums, to + i * stride + j, stride);
+            multiply_long<rows(), columns()>(
+                fields, [&](int r, int64_t f) { return a[f * a_stride + i + r]; },
+                [&](int64_t f, int c) { return b[f * b_stride + j + c]; },
+                [&](const auto& piece, bool, bool) { add(piece, to + i * stride + j, stride); });
         });
     });
 }
@@ -925,10 +960,7 @@ void backward_rows(const Backward& call, int64_t first, int64_t lanes, int64_t r
     if (s.output == BARE)
         for (int r = 0; r < R; ++r)
             for (int64_t d = 0; d < s.d; ++d) d_z[r * s.d + d] = d_y[r * s.o + d];
-    else {
-        std::memset((void*)d_z, 0, R * s.d * sizeof(Vector));
-        project<R>(d_y, s.o, s.head_out, w.m + h * s.d * s.head_out, 1, s.head_out, d_z, s.d, s.d);
-    }
+    else project<R>(d_y, s.o, s.head_out, w.m + h * s.d * s.head_out, 1, s.head_out, d_z, s.d, s.d, ZEROS);
     for (int r = 0; r < R; ++r)
         for (int64_t d = 0; d < s.d; ++d) d_z[r * s.d + d] *= scale[r];
     if (scores) {

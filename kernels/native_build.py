@@ -3,9 +3,10 @@
 A library is one file, an entry: what the compiler made, the sha256 of that, and MAGIC. Loaders ignore what follows a
 library, and an entry whose digest is wrong is never loaded: a shortened library would not raise, but kill the process.
 
-An entry is named `<stem>-<compiler>.so`. The stem stands for the source, the flags, the Spec and the kind of machine,
-the rest for the compiler, so that a machine without one still finds what another has built from the same source. No
-flag depends on the CPU at hand: an entry runs wherever its instruction set does.
+An entry is named `<source>-<spec>-<compiler>.so`. The first two stand for the source, the flags, the Spec and the kind
+of machine, the last for the compiler, so that a machine without one still finds what another has built from the same
+source. No flag depends on the CPU at hand: an entry runs wherever its instruction set does. Entries of other sources
+that nobody has used for UNUSED_AFTER go when something is built.
 
 Importing this module runs and creates nothing.
 """
@@ -19,6 +20,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -62,6 +64,12 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 WORK_PREFIX = "building-"
 # Seconds after which a folder that a build worked in is taken for left behind by a process that was killed.
 ABANDONED_AFTER = 24 * 3600
+# Seconds after which an entry of another source goes, if no use of it has been noted meanwhile.
+UNUSED_AFTER = 90 * 24 * 3600
+# An entry's name: the hashes of its source, of what it is, and of the compiler.
+ENTRY = re.compile(r"(?:[0-9a-f]{32}-){2}[0-9a-f]{32}\.so")
+# Seconds for which an entry's last use is not written down again.
+USE_HOLDS = 24 * 3600
 # Seconds for which an answer of `reasons` holds: reading the environment alone would take longer than it may.
 REASONS_HOLD = 1.0
 
@@ -237,11 +245,31 @@ def _scratch() -> Path:
 
 
 def _sweep(place: Path) -> None:
-    """Removes what processes that were killed have left behind."""
+    """Removes what processes that were killed have left behind, and what other versions no longer use."""
+    ours, now = f"{_source()}-", time.time()
     for work in place.glob(f"{WORK_PREFIX}*"):
         with contextlib.suppress(OSError):
-            if time.time() - work.stat().st_mtime > ABANDONED_AFTER:
+            if now - work.stat().st_mtime > ABANDONED_AFTER:
                 shutil.rmtree(work, ignore_errors=True)
+    for entry in place.glob("*.so"):
+        # The folder may be the user's, with other libraries in it.
+        if entry.name.startswith(ours) or not ENTRY.fullmatch(entry.name):
+            continue
+        with contextlib.suppress(OSError):
+            status = entry.lstat()
+            unused = now - max(status.st_atime, status.st_mtime)
+            if unused > UNUSED_AFTER and stat.S_ISREG(status.st_mode):
+                # A process that has loaded it keeps what it has.
+                entry.unlink()
+
+
+def _note_use(file: int, status: os.stat_result) -> None:
+    """Writes down that an open entry is in use, where that is allowed: many file systems do not do so by themselves."""
+    now = time.time_ns()
+    if now - status.st_atime_ns > USE_HOLDS * 1e9:
+        with contextlib.suppress(OSError):
+            # The time of its making stays, which tells the newest.
+            os.utime(file, ns=(now, status.st_mtime_ns))
 
 
 def _work_folder() -> Path:
@@ -272,8 +300,12 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def _source() -> str:
+    return _hash(SOURCE.read_bytes())
+
+
 def _stem(spec: Spec, extra: Sequence[str]) -> str:
-    return _hash(MAGIC, sys.platform, platform.machine(), SOURCE.read_bytes(), _flags(spec, extra), tuple(spec))
+    return f"{_source()}-{_hash(MAGIC, sys.platform, platform.machine(), _flags(spec, extra), tuple(spec))}"
 
 
 def _name(spec: Spec, made_by: Compiler, extra: Sequence[str]) -> str:
@@ -303,11 +335,14 @@ def _sound(path: Path) -> bool:
             if not (stat.S_ISREG(status.st_mode) and _trusted(status)):
                 return False
             content = file.read()
+            end = len(content) - DIGEST_SIZE - len(MAGIC)
+            # Of nothing there is a digest too.
+            sound = end > 0 and content[end:] == hashlib.sha256(content[:end]).digest() + MAGIC
+            if sound:
+                _note_use(file.fileno(), status)
+            return sound
     except OSError:
         return False
-    end = len(content) - DIGEST_SIZE - len(MAGIC)
-    # Of nothing there is a digest too.
-    return end > 0 and content[end:] == hashlib.sha256(content[:end]).digest() + MAGIC
 
 
 def _candidates(place: Path, spec: Spec, made_by: Compiler | None, extra: tuple[str, ...]) -> Iterator[Path]:

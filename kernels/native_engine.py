@@ -348,6 +348,11 @@ def fold_backward(
     return grads
 
 
+def empty_relu_mask(x: Tensor, layout: Layout) -> Tensor | None:
+    """As `torch_engine.empty_relu_mask`."""
+    return None
+
+
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """As `torch_engine.interact`."""
     batch, fields, _ = x.shape
@@ -356,13 +361,14 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> 
         return out
     shape = _shape(fields, layout, x.dtype)
     operations = batch * shape.operations
-    shape.library.forward(
-        shape.argument
-        + _FORWARD.pack(
-            *(batch, _threads(operations), _parallel()),
-            *(_address(x), *x.stride(), packed.data_ptr(), *_mask_arguments(mask), out.data_ptr()),
-        )
+    # One by one, as to build a tuple of what comes in tuples shows in the time of a call of one sample.
+    sb, sf, se = x.stride()
+    masked, mb, mq, mk = _mask_arguments(mask)
+    threads, address = _threads(operations), _address(x)
+    numbers = _FORWARD.pack(
+        batch, threads, _parallel(), address, sb, sf, se, packed.data_ptr(), masked, mb, mq, mk, out.data_ptr()
     )
+    shape.library.forward(shape.argument + numbers)
     if not shape.settled:
         shape.count(operations)
     return out

@@ -779,6 +779,44 @@ def test_killed_in_the_middle(place: Place) -> None:
     assert place.entries() == ["entry"]
 
 
+def unused_for(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_entries_that_other_versions_no_longer_use(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go when something is built; what is in use, this version's own, and what is no entry stay."""
+    stale, used = (native_build.build(SPEC._replace(definitions=(("ANSWER", n),))) for n in (1, 2))
+    for path in (stale, used):
+        unused_for(path, 1.5 * native_build.UNUSED_AFTER)
+    loaded = native_build.load(stale)
+    unused_for(stale, 1.5 * native_build.UNUSED_AFTER)
+    made = used.stat().st_mtime_ns
+    assert native_build.find(SPEC._replace(definitions=(("ANSWER", 2),))) == used
+    assert used.stat().st_mtime_ns == made
+    # Names as entries have them, and one of somebody else's.
+    link, folder = (place.cache / f"{digit * 32}-{digit * 32}-{digit * 32}.so" for digit in "ab")
+    link.symlink_to(used)
+    folder.mkdir()
+    foreign = place.cache / "libforeign.so"
+    foreign.touch()
+    for path in (link, folder, foreign):
+        then = time.time() - 1.5 * native_build.UNUSED_AFTER
+        os.utime(path, (then, then), follow_symlinks=False)
+    native_build.build(SPEC._replace(definitions=(("ANSWER", 3),)))
+    assert stale.exists() and used.exists()
+    place.source.write_text(SOURCE + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path: os.unlink("/dev/null/x"))
+        own = native_build.build(SPEC)
+    assert stale.exists()
+    unused_for(own, 1.5 * native_build.UNUSED_AFTER)
+    native_build.build(SPEC._replace(definitions=(("ANSWER", 3),)))
+    assert not stale.exists() and used.exists() and own.exists() and link.is_symlink() and folder.is_dir()
+    assert foreign.exists()
+    assert loaded.answer() == 1
+
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
