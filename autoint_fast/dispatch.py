@@ -42,14 +42,18 @@ class Engine(Protocol):
         self, grad: Tensor, p: InteractingParameters, layout: Layout, scale: float, wanted: Sequence[bool]
     ) -> list[Tensor | None]: ...
 
-    def interact(self, x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor: ...
+    def empty_relu_mask(self, x: Tensor, layout: Layout) -> Tensor | None: ...
+
+    def interact(
+        self, x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, *, relu_mask: Tensor = ...
+    ) -> Tensor: ...
 
     def interact_backward(
         self,
         grad: Tensor,
         x: Tensor,
         packed: Tensor,
-        out: Tensor | None,
+        relu: Tensor | None,
         mask: Tensor | None,
         layout: Layout,
         needs: int,

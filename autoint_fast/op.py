@@ -64,17 +64,33 @@ def interact_constant(x: Tensor, packed: Tensor, layout: Layout, mask: Tensor | 
     return ENGINES[backend].interact(_as_stored(x), packed, mask, layout)
 
 
+def _interact_differentiable(
+    x: Tensor, packed: Tensor, layout: Layout, mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """As `interact_constant`, and the relu mask, if the engine's backward reads one rather than the output."""
+    engine, x = ENGINES[backend], _as_stored(x)
+    relu_mask = engine.empty_relu_mask(x, layout) if layout.relu else None
+    if relu_mask is None:
+        return engine.interact(x, packed, mask, layout), None
+    return engine.interact(x, packed, mask, layout, relu_mask=relu_mask), relu_mask
+
+
+def _kept_of_relu(layout: Layout, out: Tensor, relu_mask: Tensor | None) -> Tensor | None:
+    """What the backward asks of relu. An output that it does not ask for is the caller's to change in place."""
+    return (out if relu_mask is None else relu_mask) if layout.relu else None
+
+
 def _interact_backward(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor | None,
+    relu: Tensor | None,
     mask: Tensor | None,
     layout: Layout,
     backend: str,
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    return ENGINES[backend].interact_backward(_as_stored(grad), _as_stored(x), packed, out, mask, layout, needs)
+    return ENGINES[backend].interact_backward(_as_stored(grad), _as_stored(x), packed, relu, mask, layout, needs)
 
 
 # --- eager: autograd.Function -----------------------------------------------------------------------------------
@@ -97,7 +113,7 @@ class _InteractBackward(_Once):
         x: Tensor,
         packed: Tensor,
         mask: Tensor | None,
-        out: Tensor | None,
+        relu: Tensor | None,
         layout: Layout,
         scale: float,
         backend: str,
@@ -105,7 +121,7 @@ class _InteractBackward(_Once):
         wanted: tuple[bool, ...],
         *parameters: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        d_x, d_packed = _interact_backward(grad, x, packed, out, mask, layout, backend, needs)
+        d_x, d_packed = _interact_backward(grad, x, packed, relu, mask, layout, backend, needs)
         if d_packed is None:
             return d_x, *(None for _ in parameters)
         p = InteractingParameters(*parameters)  # type: ignore[arg-type]
@@ -131,9 +147,8 @@ class _Interact(torch.autograd.Function):
         if packed is None:
             p = InteractingParameters(*parameters)  # type: ignore[arg-type]
             packed = _fold(p, layout, scale, backend, folding)
-        out = interact_constant(x, packed, layout, mask, backend)
-        # Only relu's gradient asks for the output; without it, it is the caller's to change in place.
-        ctx.save_for_backward(x, packed, mask, out if layout.relu else None, *parameters)
+        out, relu_mask = _interact_differentiable(x, packed, layout, mask, backend)
+        ctx.save_for_backward(x, packed, mask, _kept_of_relu(layout, out, relu_mask), *parameters)
         ctx.call = (layout, scale, backend, needs)
         return out
 
@@ -141,16 +156,16 @@ class _Interact(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad):
             raise RuntimeError(BATCHED)
-        x, packed, mask, out, *parameters = ctx.saved_tensors
+        x, packed, mask, relu, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[-len(parameters) :]
         run = _InteractBackward.apply if torch.is_grad_enabled() else partial(_InteractBackward.forward, None)
-        d_x, *d_parameters = run(grad, x, packed, mask, out, *ctx.call, wanted, *parameters)
+        d_x, *d_parameters = run(grad, x, packed, mask, relu, *ctx.call, wanted, *parameters)
         return d_x, None, None, None, None, None, None, None, *d_parameters
 
 
 # --- compiled: torch.library ------------------------------------------------------------------------------------
-# A custom op returns tensors, never None, so a gradient nobody needs is an empty tensor there. It takes the parameters
-# that are there as a list, and a layout as a list of numbers.
+# A custom op returns tensors, never None, so a gradient nobody needs, and a relu mask that is not kept, is an empty
+# tensor there. It takes the parameters that are there as a list, and a layout as a list of numbers.
 
 
 def _listed(p: InteractingParameters) -> tuple[list[Tensor], int]:
@@ -218,13 +233,24 @@ _fold_op.register_autograd(_fold_autograd, setup_context=_fold_setup)
 
 
 @torch.library.custom_op("autoint_fast::interact", mutates_args=())
-def _interact_op(x: Tensor, packed: Tensor, mask: Tensor | None, layout: list[int], backend: str, needs: int) -> Tensor:
-    return interact_constant(x, packed, Layout(*layout), mask, backend)
+def _interact_op(
+    x: Tensor, packed: Tensor, mask: Tensor | None, layout: list[int], backend: str, needs: int
+) -> tuple[Tensor, Tensor]:
+    if needs:
+        out, relu_mask = _interact_differentiable(x, packed, Layout(*layout), mask, backend)
+    else:
+        out, relu_mask = interact_constant(x, packed, Layout(*layout), mask, backend), None
+    return out, x.new_empty(0, dtype=torch.int16) if relu_mask is None else relu_mask
 
 
 @_interact_op.register_fake
-def _(x: Tensor, packed: Tensor, mask: Tensor | None, layout: list[int], backend: str, needs: int) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], Layout(*layout).out_size)
+def _(
+    x: Tensor, packed: Tensor, mask: Tensor | None, layout: list[int], backend: str, needs: int
+) -> tuple[Tensor, Tensor]:
+    wanted = Layout(*layout)
+    relu_mask = ENGINES[backend].empty_relu_mask(x, wanted) if needs and wanted.relu else None
+    out = x.new_empty(x.shape[0], x.shape[1], wanted.out_size)
+    return out, x.new_empty(0, dtype=torch.int16) if relu_mask is None else relu_mask
 
 
 @torch.library.custom_op("autoint_fast::interact_backward", mutates_args=())
@@ -232,13 +258,13 @@ def _interact_backward_op(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor | None,
+    relu: Tensor | None,
     mask: Tensor | None,
     layout: list[int],
     backend: str,
     needs: int,
 ) -> tuple[Tensor, Tensor]:
-    d_x, d_packed = _interact_backward(grad, x, packed, out, mask, Layout(*layout), backend, needs)
+    d_x, d_packed = _interact_backward(grad, x, packed, relu, mask, Layout(*layout), backend, needs)
     return x.new_empty(0) if d_x is None else d_x, packed.new_empty(0) if d_packed is None else d_packed
 
 
@@ -247,7 +273,7 @@ def _(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor | None,
+    relu: Tensor | None,
     mask: Tensor | None,
     layout: list[int],
     backend: str,
@@ -259,15 +285,17 @@ def _(
     )
 
 
-def _interact_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _interact_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, packed, mask, *ctx.call = inputs
     layout, _, ctx.needs = ctx.call
-    ctx.save_for_backward(x, packed, mask, output if Layout(*layout).relu else None)
+    out, relu_mask = output
+    relu = _kept_of_relu(Layout(*layout), out, relu_mask if relu_mask.ndim == 3 else None)
+    ctx.save_for_backward(x, packed, mask, relu)
 
 
-def _interact_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, packed, mask, out = ctx.saved_tensors
-    d_x, d_packed = torch.ops.autoint_fast.interact_backward(grad, x, packed, out, mask, *ctx.call)
+def _interact_autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, packed, mask, relu = ctx.saved_tensors
+    d_x, d_packed = torch.ops.autoint_fast.interact_backward(grad, x, packed, relu, mask, *ctx.call)
     return (
         d_x if ctx.needs & NEED_INPUT else None,
         d_packed if ctx.needs & NEED_WEIGHTS else None,
@@ -347,7 +375,8 @@ def interact(
     if through_library(x, p.w_q):
         if packed is None:
             packed = torch.ops.autoint_fast.fold(*_listed(p), list(layout), scale, backend)
-        return torch.ops.autoint_fast.interact(x, packed, mask, list(layout), backend, needs)
+        out, _ = torch.ops.autoint_fast.interact(x, packed, mask, list(layout), backend, needs)
+        return out
     if needs:
         return _Interact.apply(x, packed, folding, mask, layout, scale, backend, needs, *p)
     if packed is None:

@@ -65,7 +65,7 @@ class Modelled:
 def modelled(
     found: Sequence[Kernel], chip: Chip, shape: Shape, precision: str, mode: str, batches: Sequence[int]
 ) -> Modelled:
-    """`found`: the launches of a call with its backward, on the chip's architecture."""
+    """`found`: the launches of a call, on the chip's architecture; those of a backward count when training."""
     taking_part = [kernel for kernel in found if mode == TRAINING or not kernel.backward]
     times = [chips.seconds(kernel.work, chip) for kernel in taking_part if kernel.walks]
     busy = {name: sum(time[name] for time in times) * 1e9 for name in RESOURCES}
@@ -208,34 +208,39 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
     shape = parse_shape(f"{options.fields}x{options.emb_size}x{options.heads}")
     written: list[Path] = []
     try:
-        found = {
-            (precision, arch): gpu_figures.kernels(shape, precision, arch)
-            for precision in dict.fromkeys(options.dtype)
-            for arch in dict.fromkeys(options.arch)
-        }
+        # A forward that gradients are to follow is a kernel of its own, as it keeps what relu let pass.
+        found, forwards = (
+            {
+                (precision, arch): gpu_figures.kernels(shape, precision, arch, training=training)
+                for precision in dict.fromkeys(options.dtype)
+                for arch in dict.fromkeys(options.arch)
+            }
+            for training in (True, False)
+        )
+        by_mode = {TRAINING: found, FORWARD: forwards}
     except ValueError as error:
         parser.error(str(error))
     models = [
-        modelled(found[precision, chip.arch], chip, shape, precision, mode, options.batch)
+        modelled(by_mode[mode][precision, chip.arch], chip, shape, precision, mode, options.batch)
         for precision in dict.fromkeys(options.dtype)
         for chip in CHIPS.values()
         if (precision, chip.arch) in found
         for mode in MODES
     ]
     moved, missing = [], {}
-    for (precision, arch), group in found.items():
+    for precision, arch in found:
         # Bytes hardly hang on the architecture; those of the last one asked for stand for all.
         if arch == options.arch[-1]:
             for mode in MODES:
                 rows, why = others_moved(shape, precision, mode)
-                moved += [ours_moved(group, shape, precision, mode), *rows]
+                moved += [ours_moved(by_mode[mode][precision, arch], shape, precision, mode), *rows]
                 missing |= why
     measured: list[Measured] = []
     if torch.cuda.is_available():
         by_name = {(model.chip, model.precision, model.mode): model for model in models}
         for precision in dict.fromkeys(options.dtype):
             measured += measure(shape, precision, options.batch, by_name)
-    _show(console, shape, found, models, moved, measured)
+    _show(console, shape, found, forwards, models, moved, measured)
     for name, reason in missing.items():
         console.print(f"not counted: {name}: {reason}", highlight=False, markup=False)
     if not measured:
@@ -317,15 +322,22 @@ def _show(
     console: Console,
     shape: Shape,
     found: Mapping[tuple[str, str], Sequence[Kernel]],
+    forwards: Mapping[tuple[str, str], Sequence[Kernel]],
     models: Sequence[Modelled],
     moved: Sequence[Moved],
     measured: Sequence[Measured],
 ) -> None:
     plain = {"highlight": False, "markup": False, "style": "dim"}
     for precision, group in groupby(found, key=lambda key: key[0]):
-        kernels = [(arch, kernel) for _, arch in group for kernel in found[precision, arch]]
+        archs = [arch for _, arch in group]
+        kernels = [(arch, kernel) for arch in archs for kernel in found[precision, arch]]
         console.print(_resources_table(shape, precision, kernels))
         console.print(_instructions_table(shape, precision, kernels))
+        for arch in archs:
+            for k in forwards[precision, arch]:
+                if k.walks and not k.backward:
+                    least = f"{k.total:,.1f} warp-instructions where no gradients are to follow"
+                    console.print(f"{arch} {k.name}: {least}", highlight=False, markup=False)
         for note in _notes(kernels):
             console.print(note, highlight=False, markup=False)
     for precision, rows in groupby(models, key=lambda row: row.precision):

@@ -435,6 +435,12 @@ def _output_gradients(d_y: Tensor, weights: Parts, layout: Layout, scale: Tensor
     return (d_z if layout.factored else d_z.transpose(0, 1)).reshape(shape) * scale
 
 
+def empty_relu_mask(x: Tensor, layout: Layout) -> Tensor | None:
+    """Where `interact` of an engine whose backward does not read the output is to leave which of its numbers relu let
+    pass, in a form of its own; None for the other engines. To be asked for of layouts with relu."""
+    return None
+
+
 @_plain_torch
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """x (B, F, E), packed folded weights, mask of 3 dimensions or None -> (B, F, O) in x's dtype."""
@@ -484,8 +490,8 @@ def interact_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the packed weights; P is recomputed block by block.
 
-    out: of the forward; None without relu. None where `needs` asks for nothing; parts of the packed gradient that are
-    not needed are zero.
+    out: of the forward, or for an engine that has one its relu mask; None without relu. Gives None where `needs` asks
+    for nothing; parts of the packed gradient that are not needed are zero.
     """
     width = _width(layout, x.device)
     weights = width.parts(_widened(packed, layout, width))

@@ -28,6 +28,7 @@ from .triton_math import (
     load_rows,
     load_transposed,
     own_keys,
+    relu_words,
     reordered,
     restoring,
     row_offsets,
@@ -55,20 +56,35 @@ def _add_vector(pointer, vector, first, i, age, SIZE: tl.constexpr):
 
 @triton.jit
 def load_output_gradient(
-    grad, out, rows, first, zero, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr,
-    WIDTH: tl.constexpr, PACK: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    grad, relu_mask, rows, first, zero, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD_OUT: tl.constexpr, PACK: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """dy = grad where the relu let it pass, its columns from `first` on as chunks of WIDTH [R, 16].
-
-    As in torch, a NaN lets it pass.
-    """
+    """dy = grad where the relu let it pass, its columns from `first` on as chunks of WIDTH [R, 16]: of a head's own
+    HEAD_OUT, or all."""
+    words: tl.constexpr = relu_words(O, HEAD_OUT)
+    of_head: tl.constexpr = (HEAD_OUT + BLOCK - 1) // BLOCK
+    run: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth
+    i = tl.arange(0, BLOCK)
     d_y = ()
     for o in tl.static_range(0, WIDTH, BLOCK):
         columns = grad + tl.cast(first, tl.int64) * d_so
         g = load_rows(columns, rows, o, tile, batch, d_sb, d_sf, d_so, F, WIDTH, PACK)
         if RELU:
-            y = load_rows(out + first, rows, o, tile, batch, F * O, O, 1, F, WIDTH, PACK)
-            g = tl.where(y.to(ACC) <= zero, 0.0, g).to(g.dtype)
+            offsets, exists = row_offsets(rows, tile, batch, F * words, words, F, PACK)
+            if WIDTH == HEAD_OUT:
+                word = first // HEAD_OUT * of_head + o // BLOCK
+                bits = tl.load(relu_mask + word + offsets, mask=exists, other=0).to(tl.int32)
+                # A thread has so many neighbours: their bits are then tested by number.
+                runs = bits[:, None] >> (tl.arange(0, BLOCK // run) * run)[None, :]
+                passed = (runs[:, :, None] >> tl.arange(0, run)[None, None, :]) & 1
+                passed = tl.reshape(passed, (rows.shape[0], BLOCK))
+            else:
+                column = o + i
+                word = column // HEAD_OUT * of_head + column % HEAD_OUT // BLOCK
+                inside = exists[:, None] & (column < WIDTH)[None, :]
+                bits = tl.load(relu_mask + offsets[:, None] + word[None, :], mask=inside, other=0)
+                passed = (bits.to(tl.int32) >> (column % HEAD_OUT % BLOCK)[None, :]) & 1
+            g = tl.where(passed == zero, 0.0, g).to(g.dtype)
         d_y = d_y + (g,)
     return d_y
 
@@ -223,7 +239,7 @@ def backward(
     x,  # (B, F, E), any strides
     weights,  # packed, fp32 or fp64
     mask,
-    out,  # (B, F, O), contiguous
+    relu_mask,  # int16 (B, F, relu_words), contiguous, of the forward
     d_x,  # (B, F, E), contiguous
     partial,  # (programs, size of weights)
     scratch,  # (programs, F or 16, E), factored (programs, F or 16, E + 2 D)
@@ -324,8 +340,9 @@ def backward(
                     rows = first_row + tl.arange(0, ROWS) + turn * nought
                     x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
                     d_y = load_output_gradient(
-                        grad, out, rows, first_out, 0.0, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, PACK, RELU, acc
-                    )
+                        grad, relu_mask, rows, first_out, 0, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
+                        PACK, RELU,
+                    )  # fmt: skip
                     q = queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER)
                     d_z = ()
                     if through_heads:
@@ -432,8 +449,9 @@ def backward(
             for h in tl.range(slices):
                 first_out = h * HEAD_OUT
                 d_y = load_output_gradient(
-                    grad, out, rows, first_out, 0.0, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, PACK, RELU, acc
-                )
+                    grad, relu_mask, rows, first_out, 0, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT, PACK,
+                    RELU,
+                )  # fmt: skip
                 for o in tl.static_range(len(d_y)):
                     if NEED_BIAS:
                         d_b = tl.sum(d_y[o].to(acc), 0)
@@ -461,7 +479,7 @@ def backward(
             if NEED_INPUT:
                 if RESIDUAL == IDENTITY:
                     d_y = load_output_gradient(
-                        grad, out, rows, 0, 0.0, tile, batch, d_sb, d_sf, d_so, F, O, E, PACK, RELU, acc
+                        grad, relu_mask, rows, 0, 0, tile, batch, d_sb, d_sf, d_so, F, O, E, HEAD_OUT, PACK, RELU
                     )
                     added = ()
                     for e in tl.static_range(len(x_rows)):

@@ -1,12 +1,14 @@
 """The resident backward: of short samples of narrow folded layouts, whose x, dx and exponentials stay on chip.
 
-Input gradients are added up in registers. Weight gradients: as in the streaming backward.
+Input gradients are added up in registers. Weight gradients: as in the streaming backward. 16-bit tensors are operands
+as they are, fp32 ones scaled, in one fp16 part or two.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_backward import load_output_gradient, sees_a_key
+from .triton_halves import halves, power_of_two
 from .triton_math import (
     BARE,
     BLOCK,
@@ -20,7 +22,6 @@ from .triton_math import (
     PROJECTION,
     _constant,
     block_pointers,
-    dot,
     finite,
     hide,
     load_block,
@@ -32,8 +33,8 @@ from .triton_math import (
     row_offsets,
     row_reference,
     row_scale,
-    score_start,
 )
+from .triton_unshifted import across_rows, ones_of, sums_of_rows
 
 # Scores, in powers of two, up to which no maximum need be subtracted: their exponentials, the sums of these and the
 # sums' reciprocals take up half the range of fp32's and bf16's exponents, or a third of fp16's; the rest is for
@@ -43,55 +44,215 @@ SAFE_SCORE_FP16 = _constant(3.0)
 ONES = _constant(8)  # the narrowest right operand of a dot: sums of rows come from the tensor core
 
 
+# fp32 tensors: x, dy and the weights are scaled by powers of two to be fp16 operands, "fp16" or "fp16x2", each sample's
+# x and dy by their own. What is computed from them is in units of these, times a known power of two that keeps it below
+# 2^16, since with rows of P that sum to one
+#     |q| <= 16 |x| |a| + |c|,    |dz| <= 16 |dy| |w|,    |dP - delta| <= 32 |dz| |x|,    |dq| <= 32 |dz| |x| |x|.
+# No bound is far from what can be, so "fp16x2" stays well above fp16's smallest number, 2^-24. "fp16" has bits to
+# spare: what is added up is an operand as it is, but for dz, which is multiplied by 1 / sum(p) anyway. The scales
+# end at 2^48: of x, dy or weights below 2^-46 or so, bits are lost.
+
+
 @triton.jit
-def _accumulate(pointer, block, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """pointer[rows, columns] += block [16, 16] of a row-major matrix (ROWS, COLUMNS)."""
-    pointers = block_pointers(pointer, 0, 0, rows, columns, stride)
-    if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
-        tl.store(pointers, tl.load(pointers) + block)
+def _binades(PRECISION: tl.constexpr):
+    """log2 of the largest of x, dy, a, and m and r; and what no sum of 16 products of x and a exceeds."""
+    if PRECISION == "fp16x2":
+        return 14, 6, 14, 12, 2.0**34
     else:
-        inside = (rows[:, None] < ROWS) & (columns[None, :] < COLUMNS)
-        tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + block, mask=inside)
+        return 2, 2, 6, 2, 2.0**14
 
 
 @triton.jit
-def _accumulate_transposed(pointer, block, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """pointer[rows, columns] += block^T."""
-    pointers = pointer + (rows.to(tl.int64)[None, :] * stride + columns.to(tl.int64)[:, None])
-    if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
-        tl.store(pointers, tl.load(pointers) + block)
+def _factors(PRECISION: tl.constexpr):
+    """What makes operands of sums: dz, dS, dq."""
+    if PRECISION == "fp16x2":
+        return 2.0**-9, 2.0**-20, 2.0**-15
+    elif PRECISION == "fp16":
+        return 2.0**-6, 1.0, 1.0
     else:
-        inside = (rows[None, :] < ROWS) & (columns[:, None] < COLUMNS)
-        tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + block, mask=inside)
+        return 1.0, 1.0, 1.0
 
 
 @triton.jit
-def _accumulate_sums(pointer, sums, i, SIZE: tl.constexpr):
-    """pointer[i] += sums [16, 8], whose columns are all alike."""
-    tl.store(pointer + i, tl.load(pointer + i, mask=i < SIZE, other=0.0) + tl.max(sums, 1), mask=i < SIZE)
+def _operand(t, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """t as an operand of dots: the parts of t * scale, or t itself in 16 bits."""
+    if PRECISION == "ieee":
+        return (t.to(DTYPE),)
+    else:
+        return halves(t * scale, PRECISION)
+
+
+@triton.jit
+def _side_by_side(s, t):
+    """s and t [R, C] as [R, 2 C]."""
+    return tl.reshape(tl.permute(tl.join(s, t), (0, 2, 1)), (s.shape[0], 2 * s.shape[1]))
+
+
+@triton.jit
+def _one_above_other(s, t):
+    """s and t [R, C] as [2 R, C]."""
+    return tl.reshape(tl.permute(tl.join(s, t), (2, 0, 1)), (2 * s.shape[0], s.shape[1]))
+
+
+@triton.jit
+def _product(a, b, acc, TURN_A: tl.constexpr = False, TURN_B: tl.constexpr = False):
+    """acc + a b of operands, all but the product of their rests, or of their transposes.
+
+    The two products of a rest are one dot: a transpose with one dot to go to takes the short way there, through shared
+    memory.
+    """
+    left, right = a[0], b[0]
+    if len(a) + len(b) > 2:
+        if len(b) == 1:
+            crossed = b[0]
+        else:
+            crossed = b[1]
+        if len(a) == 1:
+            rest = a[0]
+        else:
+            rest = a[1]
+        if TURN_A:
+            both_left = tl.trans(_one_above_other(left, rest))
+        else:
+            both_left = _side_by_side(left, rest)
+        if TURN_B:
+            both_right = tl.trans(_side_by_side(crossed, right))
+        else:
+            both_right = _one_above_other(crossed, right)
+        if len(a) + len(b) == 3:
+            return tl.dot(both_left, both_right, acc, input_precision="ieee", out_dtype=acc.dtype)
+        acc = tl.dot(both_left, both_right, acc, input_precision="ieee", out_dtype=acc.dtype)
+    if TURN_A:
+        left = tl.trans(left)
+    if TURN_B:
+        right = tl.trans(right)
+    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def _finite(parts, PACK: tl.constexpr, ACC: tl.constexpr):
+    """`finite` parts."""
+    clean = ()
+    for k in tl.static_range(len(parts)):
+        clean = clean + (finite(parts[k], PACK, ACC),)
+    return clean
+
+
+@triton.jit
+def _sum_of(parts, ACC: tl.constexpr):
+    """The sum of the parts."""
+    t = parts[0].to(ACC)
+    for k in tl.static_range(1, len(parts)):
+        t += parts[k].to(ACC)
+    return t
+
+
+@triton.jit
+def _largest(pointer, START: tl.constexpr, END: tl.constexpr, ACC: tl.constexpr):
+    """The largest |pointer[i]| for START <= i < END."""
+    top = tl.zeros((128,), ACC)
+    for first in tl.range(START, END, 128):
+        at = first + tl.arange(0, 128)
+        top = tl.maximum(top, tl.abs(tl.load(pointer + at, mask=at < END, other=0.0)))
+    return tl.max(top, 0)
+
+
+@triton.jit
+def _largest_of_samples(tiles, PACK: tl.constexpr):
+    """The largest |t| in the tiles of a sample; in those of packed samples, of each [16, 1]."""
+    top = tl.abs(tiles[0])
+    for k in tl.static_range(1, len(tiles)):
+        top = tl.maximum(top, tl.abs(tiles[k]))
+    top = tl.max(top, 1)
+    if PACK == 1:
+        return tl.max(top, 0)
+    else:
+        samples = tl.max(tl.reshape(top, (PACK, BLOCK // PACK)), 1)
+        return tl.reshape(tl.broadcast_to(samples[:, None], (PACK, BLOCK // PACK)), (BLOCK, 1))
+
+
+@triton.jit
+def _inverse(scale, PRECISION: tl.constexpr):
+    """1 / scale, a power of two."""
+    if PRECISION == "ieee":
+        return 1.0
+    else:
+        return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _common(unit, PACK: tl.constexpr, PRECISION: tl.constexpr):
+    """What brings rows in units of their own, powers of two, into one, and that."""
+    if PACK == 1 or PRECISION == "ieee":
+        return 1.0, unit
+    else:
+        largest = tl.max(unit)
+        return unit * _inverse(largest, PRECISION), largest
+
+
+@triton.jit
+def _halves(t):
+    """Columns 0 to 7 and 8 to 15 of t [R, 16]: of each a thread has a pair as the tensor core leaves it."""
+    r: tl.constexpr = t.shape[0]
+    return tl.split(tl.permute(tl.reshape(t, (r, 2, 8)), (0, 2, 1)))
+
+
+@triton.jit
+def _add(pointers, t, inside, MASKED: tl.constexpr):
+    """What stands at `pointers` += t."""
+    if MASKED:
+        tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + t, mask=inside)
+    else:
+        tl.store(pointers, tl.load(pointers) + t)
+
+
+@triton.jit
+def _accumulate(pointer, block, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """pointer[:ROWS, :COLUMNS] += block [16, 16] of a row-major matrix.
+
+    In pairs of columns, which are a load and a store of the thread that has them, with no way through shared memory.
+    """
+    i = tl.arange(0, BLOCK)
+    j = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+    halves = _halves(block)
+    for k in tl.static_range(2):
+        pointers = block_pointers(pointer, 0, k * 8, i, j, stride)
+        inside = (i[:, None] < ROWS) & (j[None, :] < COLUMNS - k * 8)
+        _add(pointers, halves[k], inside, ROWS % BLOCK != 0 or COLUMNS % BLOCK != 0)
+
+
+@triton.jit
+def _accumulate_sums(pointer, sums, SIZE: tl.constexpr):
+    """pointer[:SIZE] += sums [16, 8], whose columns are all alike. Each of a row's four threads, of one warp, does the
+    same."""
+    i = tl.max_contiguous(tl.arange(0, BLOCK), 1)
+    pointers = block_pointers(pointer, 0, 0, i, tl.arange(0, 4) * 0, 1)
+    inside = tl.broadcast_to(i[:, None] < SIZE, (BLOCK, 4))
+    _add(pointers, sums_of_rows(sums), inside, SIZE % BLOCK != 0)
 
 
 @triton.jit
 def _load_output_tiles(
-    grad, out, first, zero, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr, HEAD_OUT: tl.constexpr,
-    NB: tl.constexpr, PACK: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    grad, relu_mask, first, nought, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD_OUT: tl.constexpr, NB: tl.constexpr, PACK: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """dy of a head, or of all, as tiles [16, 16]."""
     d_y = ()
     for k in tl.static_range(NB):
         rows = k * BLOCK + tl.arange(0, BLOCK)
         d_y = d_y + load_output_gradient(
-            grad, out, rows, first, zero, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, PACK, RELU, ACC
+            grad, relu_mask, rows, first, nought, tile, batch, d_sb, d_sf, d_so, F, O, WIDTH, HEAD_OUT, PACK, RELU
         )
     return d_y
 
 
 @triton.jit
 def _load_head(
-    weights, h, E: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEAD_OUT: tl.constexpr, AT_M: tl.constexpr,
-    OUTPUT: tl.constexpr, DTYPE: tl.constexpr,
+    weights, h, a_scale, w_scale, E: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEAD_OUT: tl.constexpr,
+    AT_M: tl.constexpr, OUTPUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a_h [16, 16], c_h [16], m_h [16, 16] (a_h where there is none), and the largest |x|^2 at which scores are safe.
+    """a_h [16, 16], c_h [16], both without log2(e) too (or as they are, where units can do without it), m_h [16, 16]
+    (a_h where there is none), and the largest |x|^2 at which scores are safe.
 
     No score exceeds |x|^2 |a_h| + |x| |c_h|, with Frobenius' norm of a_h.
     """
@@ -106,19 +267,77 @@ def _load_head(
         safe = SAFE_SCORE_FP16
     c_squared = tl.sum(c * c)
     root = tl.sqrt(c_squared) + tl.sqrt(c_squared + 4.0 * safe * tl.sqrt(tl.sum(a * a)))
-    return a.to(DTYPE), c, m.to(DTYPE), 4.0 * safe * safe / (root * root)
+    longest_safe = 4.0 * safe * safe / (root * root)
+    a_operand = _operand(a, a_scale, DTYPE, PRECISION)
+    if PRECISION == "ieee":
+        natural = ((a * LN2).to(DTYPE),)
+        natural_c = c * LN2
+    else:
+        natural, natural_c = a_operand, c
+    return a_operand, c, natural, natural_c, _operand(m, w_scale, DTYPE, PRECISION), longest_safe
 
 
 @triton.jit
-def _less_maximum(scores, MASK: tl.constexpr):
-    """Tiles of scores [R, K] less their rows' maxima."""
-    top = scores[0]
+def _known(t, nought, ROWS: tl.constexpr, COLUMNS: tl.constexpr = 16):
+    """t [16, 16] in its first ROWS and COLUMNS, else `nought`, which is a result that is known to be zero there.
+
+    (A zero that the compiler knows of it would move into place for each dot anew.)
+    """
+    if ROWS < BLOCK:
+        t = tl.where((tl.arange(0, BLOCK) < ROWS)[:, None], t, nought)
+    if COLUMNS < BLOCK:
+        t = tl.where((tl.arange(0, BLOCK) < COLUMNS)[None, :], t, nought)
+    return t
+
+
+@triton.jit
+def _transposed(parts):
+    """The transposes of parts [16, 16]: for a product, the right operand that a thread has of it.
+
+    `tl.trans` would be sent through shared memory. After this it brings a product there as it is, with fewer
+    instructions than the shuffles that make it a right operand else.
+    """
+    turned = ()
+    for k in tl.static_range(len(parts)):
+        t = tl.permute(tl.reshape(parts[k], (BLOCK, 2, 8)), (1, 2, 0))
+        turned = turned + (tl.reshape(t, (BLOCK, BLOCK)),)
+    return turned
+
+
+@triton.jit
+def _by_columns(t, PACK: tl.constexpr, PRECISION: tl.constexpr):
+    """What samples have, for samples in columns."""
+    if PACK == 1 or PRECISION == "ieee":
+        return t
+    else:
+        return tl.trans(t)
+
+
+@triton.jit
+def _diagonals(t):
+    """The larger of the blocks [8, 8] on the diagonal of t [16, 16]."""
+    upper, lower = tl.split(tl.permute(tl.reshape(t, (2, 8, BLOCK)), (1, 2, 0)))
+    first, _ = _halves(upper)
+    _, second = _halves(lower)
+    return tl.maximum(first, second)
+
+
+@triton.jit
+def _less_maximum(scores, unit, F: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr):
+    """Tiles of scores [R, K] in a unit, less their rows' maxima, -inf for keys that do not exist."""
+    if F % BLOCK != 0 and PACK == 1:
+        exist = ()
+        for k in tl.static_range(len(scores)):
+            keys = k * BLOCK + tl.arange(0, BLOCK)
+            exist = exist + (tl.where((keys < F)[None, :], scores[k], NEG_INF),)
+        scores = exist
+    largest = scores[0]
     for k in tl.static_range(1, len(scores)):
-        top = tl.maximum(top, scores[k])
-    reference = row_reference(tl.max(top, 1), MASK)[:, None]
+        largest = tl.maximum(largest, scores[k])
+    reference = row_reference(tl.max(largest, 1), MASK)[:, None] * unit
     less = ()
     for k in tl.static_range(len(scores)):
-        less = less + (scores[k] - reference,)
+        less = less + (scores[k] * unit - reference,)
     return less
 
 
@@ -126,19 +345,15 @@ def _less_maximum(scores, MASK: tl.constexpr):
 def _differentiate_columns(
     d_x,  # tiles of the sample's rows [16, 16]
     x_tiles,
+    d_y,
     first_out,
     ceilings,
-    grad,
-    out,
+    units,
     partial,
     weights,
     mask,
-    zero,
     tile,
     batch,
-    d_sb,
-    d_sf,
-    d_so,
     m_sb,
     m_sq,
     m_sk,
@@ -149,7 +364,6 @@ def _differentiate_columns(
     AT_R: tl.constexpr,
     AT_B: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
     NEED_INPUT: tl.constexpr,
@@ -157,26 +371,34 @@ def _differentiate_columns(
     NEED_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dy of the output's columns from `first_out` on, as tiles, and dx with their projected residual; adds to dr, db
-    and dg."""
-    dtype: tl.constexpr = x_tiles[0].dtype
+    """What dy of the output's columns from `first_out` on, in tiles, gives to dx through their projected residual, to
+    dr, db and dg. Returns dy as operands, the same as factors of weight gradients, and dx."""
+    x_unit, (y_scale, y_unit), (w_scale, _), _ = units
+    scaled: tl.constexpr = PRECISION != "ieee"
+    dtype: tl.constexpr = x_tiles[0][0].dtype
     acc: tl.constexpr = weights.dtype.element_ty
     i = tl.arange(0, BLOCK)
-    ones = tl.full((BLOCK, ONES), 1.0, dtype)
-    d_y = _load_output_tiles(
-        grad, out, first_out, zero, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, len(d_x), PACK, RELU, acc
-    )
+    ones = (tl.full((BLOCK, ONES), 1.0, dtype),)
+    into_z, _, _ = _factors(PRECISION)
+    factor, product_unit = _common(x_unit * y_unit, PACK, PRECISION)
+    bias_factor, bias_unit = _common(y_unit, PACK, PRECISION)
+    d_y_tiles = ()
+    d_y_factors = ()
+    for k in tl.static_range(len(d_y)):
+        d_y_tiles = d_y_tiles + (_operand(d_y[k], y_scale, dtype, PRECISION),)
+        d_y_factors = d_y_factors + (_operand(d_y[k], y_scale * factor, dtype, PRECISION),)
     if NEED_INPUT and RESIDUAL == PROJECTION:
-        r_t = tl.trans(load_block(weights + AT_R + first_out, 0, 0, i, i, O, E, HEAD_OUT).to(dtype))
+        r = load_block(weights + AT_R + first_out, 0, 0, i, i, O, E, HEAD_OUT)
+        r = _operand(r, w_scale * into_z, dtype, PRECISION)
         added = ()
         for k in tl.static_range(len(d_x)):
-            added = added + (dot(d_y[k], r_t, d_x[k], PRECISION),)
+            added = added + (_product(d_y_tiles[k], r, d_x[k], False, True),)
         d_x = added
     if NEED_RESIDUAL and RESIDUAL == PROJECTION:
         d_r = tl.zeros((BLOCK, BLOCK), acc)
         for k in tl.static_range(len(d_y)):
-            d_r = dot(tl.trans(x_tiles[k]), d_y[k], d_r, PRECISION)
-        _accumulate(partial + AT_R + first_out, d_r, i, i, O, E, HEAD_OUT)
+            d_r = _product(x_tiles[k], d_y_factors[k], d_r, True)
+        _accumulate(partial + AT_R + first_out, d_r * product_unit, O, E, HEAD_OUT)
     if NEED_BIAS:
         d_b = tl.zeros((BLOCK, ONES), acc)
         d_g = d_b
@@ -185,30 +407,48 @@ def _differentiate_columns(
             for k in tl.static_range(len(ceilings)):
                 top = tl.maximum(top, tl.where((k * BLOCK + i < F)[None, :], ceilings[k], NEG_INF))
             sees = tl.max(top, 1) > NEG_INF
+        sum_b = tl.zeros((BLOCK, BLOCK), acc)
+        sum_g = sum_b
         for k in tl.static_range(len(d_y)):
-            d_b = dot(tl.trans(d_y[k]), ones, d_b, PRECISION)
+            if scaled:
+                sum_b += d_y[k]
+            else:
+                d_b = _product((tl.trans(d_y[k]),), ones, d_b)
             if MASK != MASK_NONE:
                 rows = k * BLOCK + i
                 if MASK == MASK_KEYS and PACK == 1:
                     seen = tl.broadcast_to(sees, (BLOCK,))
                 else:
                     seen = sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-                d_g = dot(tl.trans(tl.where(seen[:, None], d_y[k], 0.0).to(dtype)), ones, d_g, PRECISION)
+                seen_k = tl.where(seen[:, None], d_y[k], 0.0).to(d_y[k].dtype)
+                if scaled:
+                    sum_g += seen_k
+                else:
+                    d_g = _product((tl.trans(seen_k),), ones, d_g)
+        if scaled:
+            # The bias's gradient is a sum, not a product: all its bits count.
+            bias_scale = y_scale * bias_factor * 0.25
+            d_b = _product(halves(sum_b * bias_scale, "fp16x2"), ones, d_b, True)
+            d_g = _product(halves(sum_g * bias_scale, "fp16x2"), ones, d_g, True)
+            bias_unit *= 4.0
         if MASK == MASK_NONE:
             d_g = d_b
-        _accumulate_sums(partial + AT_B + first_out, d_b, i, HEAD_OUT)
-        _accumulate_sums(partial + AT_B + O + first_out, d_g, i, HEAD_OUT)
-    return d_y, d_x
+        _accumulate_sums(partial + AT_B + first_out, d_b * bias_unit, HEAD_OUT)
+        _accumulate_sums(partial + AT_B + O + first_out, d_g * bias_unit, HEAD_OUT)
+    return d_y_tiles, d_y_factors, d_x
 
 
 @triton.jit
 def _differentiate_head(
     d_x,  # tiles of the sample's rows [16, 16]
     x_tiles,
-    values,  # the same, finite
+    values,  # x_tiles, finite
+    ones,  # tiles [16, 8], 1 for keys that exist
     d_y,
+    d_y_factors,  # the same, as factors of weight gradients
     ceilings,  # tiles [1, 16] for MASK_KEYS
     bad,  # [16]
+    units,
     head,
     longest,  # the largest |x|^2
     h,
@@ -240,17 +480,30 @@ def _differentiate_head(
     The exponentials p are never normalised: dz / sum(p), row by row, is what they are multiplied by. Products that sum
     over rows take p and dS transposed, which the tensor core leaves by rows: they go through shared memory once.
     """
-    a, c, m, longest_safe = head
-    dtype: tl.constexpr = a.dtype
+    a, c, natural_a, natural_c, m, longest_safe = head
+    x_unit, (_, y_unit), (w_scale, d_z_unit), (c_scale, q_scale, q_unit) = units
+    scaled: tl.constexpr = PRECISION != "ieee"
+    dtype: tl.constexpr = a[0].dtype
     acc: tl.constexpr = c.dtype
     nb: tl.constexpr = len(x_tiles)
+    # Of the last block's rows and columns: the others do not exist.
+    LAST: tl.constexpr = 8 if PACK == 1 and F - (nb - 1) * BLOCK <= 8 else BLOCK
     through_head: tl.constexpr = NEED_INPUT or NEED_SCORES
     into_values: tl.constexpr = NEED_VALUES and OUTPUT != BARE
     i = tl.arange(0, BLOCK)
     nothing = tl.zeros((BLOCK, BLOCK), acc)
-    ones = tl.full((BLOCK, ONES), 1.0, dtype)
-    identity = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(dtype)
-    d_a_t = nothing
+    ones_right = (tl.full((BLOCK, ONES), 1.0, dtype),)
+    into_z, into_s, into_q = _factors(PRECISION)
+    score_unit = q_unit * x_unit
+    if scaled:
+        score_unit = tl.maximum(score_unit, 2.0**-120)  # not zero, by which -inf is multiplied
+    key_factor = score_unit * (LN2 / into_s)
+    query_factor = key_factor * q_scale * (1.0 / into_q)
+    d_q_unit = d_z_unit * x_unit * x_unit * (1.0 / (into_z * into_s * into_q))
+    d_a_factor, d_a_unit = _common(d_q_unit * x_unit, PACK, PRECISION)
+    d_c_factor, d_c_unit = _common(d_q_unit, PACK, PRECISION)
+    _, d_m_unit = _common(x_unit * y_unit, PACK, PRECISION)
+    d_a = nothing
     d_c = tl.zeros((BLOCK, ONES), acc)
     d_m = nothing
     for r in tl.static_range(nb):
@@ -258,86 +511,126 @@ def _differentiate_head(
             # What a block of rows needs is not to be fetched during the one before: registers are what is short.
             tl.debug_barrier()
         rows = r * BLOCK + i
-        q = dot(x_tiles[r], a, tl.broadcast_to(c[None, :], (BLOCK, BLOCK)), PRECISION).to(dtype)
+        start = _known(tl.broadcast_to(c[None, :] * c_scale, (BLOCK, BLOCK)), nothing, LAST if r == nb - 1 else BLOCK)
+        q = _product(x_tiles[r], a, start)
+        q = _operand(_known(q * q_scale, q, LAST if r == nb - 1 else BLOCK), 1.0, dtype, PRECISION)
+        plain = ()
         scores = ()
         for k in tl.static_range(nb):
             keys = k * BLOCK + i
-            s = score_start(rows, keys, F, PACK, (k + 1) * BLOCK <= F, acc)
-            s = dot(q, tl.trans(x_tiles[k]), s, PRECISION)
+            s = _product(q, x_tiles[k], nothing, False, True)
+            plain = plain + (s,)
             if MASK == MASK_PAIRS:
                 ceiling = load_ceiling(mask, rows, keys, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
                 scores = scores + (hide(s, ceiling, rows, keys, F, PACK, MASK),)
             else:
                 scores = scores + (hide(s, ceilings[k], rows, keys, F, PACK, MASK),)
-        if PACK > 1:
-            # Whatever a sample holds, the others' gradients keep their bits.
-            scores = _less_maximum(scores, MASK)
+        if PACK > 1 or scaled:
+            # Whatever a sample holds, packed ones' gradients keep their bits.
+            scores = _less_maximum(scores, score_unit, F, PACK, MASK)
         else:
             if not longest <= longest_safe:
-                scores = _less_maximum(scores, MASK)
+                scores = _less_maximum(scores, 1.0, F, PACK, MASK)
+        if scaled:
+            tl.debug_barrier()
         p = ()
         p_right = ()
         total = tl.zeros((BLOCK, ONES), acc)
         z = nothing
         for k in tl.static_range(nb):
-            p_k = tl.exp2(scores[k])
+            p_k = _known(tl.exp2(scores[k]), plain[k], LAST if r == nb - 1 else BLOCK, LAST if k == nb - 1 else BLOCK)
             if PACK > 1:
                 # Between samples there is nothing, but in rows that are NaN throughout.
                 p_k = tl.where(own_keys(rows, k * BLOCK + i, F, PACK), p_k, 0.0)
             p = p + (p_k,)
-            p_right = p_right + (p_k.to(dtype),)
-            total = dot(p_right[k], ones, total, PRECISION)
-            z = dot(p_right[k], values[k], z, PRECISION)
-        scale = row_scale(tl.max(total, 1), MASK, EXACT)[:, None]
-        z *= scale
+            p_right = p_right + (_operand(p_k, 1.0, dtype, PRECISION),)
+            total = _product(p_right[k], (ones[k],), total)
+            z = _product(p_right[k], values[k], z)
+        scale = across_rows(row_scale(_known(sums_of_rows(total), 1.0, LAST if r == nb - 1 else BLOCK), MASK, EXACT))
+        z = _known(z * scale, z, LAST if r == nb - 1 else BLOCK)
         if PACK > 1:
             z += bad[:, None]
+        if scaled:
+            tl.debug_barrier()
         if into_values:
-            d_m = dot(tl.trans(z.to(dtype)), d_y[r], d_m, PRECISION)
+            d_m = _product(_operand(z, 1.0, dtype, PRECISION), d_y_factors[r], d_m, True)
         if through_head:
             if OUTPUT == BARE:
-                d_z = d_y[r].to(acc) * scale
+                d_z = _sum_of(d_y[r], acc) * w_scale
             else:
-                d_z = dot(d_y[r], tl.trans(m), nothing, PRECISION) * scale
+                d_z = _product(d_y[r], m, nothing, False, True)
+            d_z = _known(d_z * (scale * into_z), d_z, LAST if r == nb - 1 else BLOCK)
+            d_z_tile = _operand(d_z, 1.0, dtype, PRECISION)
             if NEED_INPUT:
-                d_z_right = finite(d_z.to(dtype), PACK, acc)
+                d_z_right = _finite(d_z_tile, PACK, acc)
                 added = ()
                 for k in tl.static_range(nb):
-                    added = added + (dot(tl.trans(p_right[k]), d_z_right, d_x[k], PRECISION),)
+                    added = added + (_product(p_right[k], d_z_right, d_x[k], True),)
                 d_x = added
-            d_z = (d_z * LN2).to(dtype)
-            # delta must come from the very dz that it is compared with: the product rounds as the others do.
-            delta = tl.sum(dot(d_z, identity, nothing, PRECISION) * z, 1)[:, None]
+            if PRECISION != "fp16x2":
+                # delta must come from the very dz that it is compared with.
+                d_z = d_z_tile[0].to(acc)
+            delta = tl.sum(d_z * z, 1)[:, None]
+            delta *= into_s
+            if scaled:
+                tl.debug_barrier()
             d_q = nothing
             d_s = ()
             for k in tl.static_range(nb):
                 if F == 1:
                     d_s_k = p[k] * 0.0  # the softmax of one key is constant
                 else:
-                    d_s_k = p[k] * (dot(d_z, tl.trans(x_tiles[k]), nothing, PRECISION) - delta)
+                    d_p = _product(d_z_tile, x_tiles[k], nothing, False, True)
+                    d_s_k = _known(
+                        p[k] * (d_p * into_s - delta),
+                        d_p,
+                        LAST if r == nb - 1 else BLOCK,
+                        LAST if k == nb - 1 else BLOCK,
+                    )
                 if PACK > 1:
                     d_s_k = tl.where(own_keys(rows, k * BLOCK + i, F, PACK), d_s_k, 0.0)
-                d_s = d_s + (d_s_k.to(dtype),)
-                d_q = dot(d_s[k], values[k], d_q, PRECISION)
-            d_q = d_q.to(dtype)
+                d_s = d_s + (_operand(d_s_k, 1.0, dtype, PRECISION),)
+                d_q = _product(d_s[k], values[k], d_q)
+            d_q = _known(d_q * into_q, d_q, LAST if r == nb - 1 else BLOCK)
+            d_q_tile = _operand(d_q, 1.0, dtype, PRECISION)
+            if NEED_SCORES:
+                d_a_tile = _operand(d_q, d_a_factor, dtype, PRECISION)
+                d_c_tile = _operand(d_q, d_c_factor, dtype, PRECISION)
+                d_a = _product(x_tiles[r], _transposed(d_a_tile), d_a, True, True)
+                d_c = _product(d_c_tile, ones_right, d_c, True)
+            if scaled:
+                tl.debug_barrier()
             if NEED_INPUT:
-                q_right = finite(q, PACK, acc)
+                # Transposed from the start: it is a right operand then, and loses log2(e) without a multiplication.
+                start = tl.broadcast_to(natural_c[:, None] * _by_columns(c_scale, PACK, PRECISION), (BLOCK, BLOCK))
+                start = _known(start, nothing, BLOCK, LAST if r == nb - 1 else BLOCK)
+                q_t = _product(natural_a, x_tiles[r], start, True, True)
+                q_t = _operand(q_t, _by_columns(q_scale, PACK, PRECISION), dtype, PRECISION)
+                q_right = _transposed(_finite(q_t, PACK, acc))
                 added = ()
                 for k in tl.static_range(nb):
-                    d_x_k = dot(tl.trans(d_s[k]), q_right, d_x[k], PRECISION)
-                    if k == r:
-                        d_x_k = dot(d_q, tl.trans(a), d_x_k, PRECISION)
+                    d_x_k = d_x[k]
+                    if scaled:
+                        d_x_k += _product(d_s[k], q_right, nothing, True) * key_factor
+                    else:
+                        d_x_k = _product(d_s[k], q_right, d_x_k, True)
+                    if k == r and scaled:
+                        d_x_k += _product(d_q_tile, natural_a, nothing, False, True) * query_factor
+                    elif k == r:
+                        d_x_k = _product(d_q_tile, natural_a, d_x_k, False, True)
                     added = added + (d_x_k,)
                 d_x = added
-            if NEED_SCORES:
-                d_q_t = tl.trans(d_q)
-                d_a_t = dot(d_q_t, x_tiles[r], d_a_t, PRECISION)
-                d_c = dot(d_q_t, ones, d_c, PRECISION)
     if NEED_SCORES:
-        _accumulate_transposed(partial + h * D, d_a_t, i, i, H * D, E, D)
-        _accumulate_sums(partial + E * H * D + h * D, d_c, i, D)
+        if scaled:
+            d_a *= d_a_unit * LN2
+            d_c *= d_c_unit * LN2
+        else:
+            d_a *= LN2
+            d_c *= LN2
+        _accumulate(partial + h * D, d_a, H * D, E, D)
+        _accumulate_sums(partial + E * H * D + h * D, d_c, D)
     if into_values:
-        _accumulate(partial + AT_M + h * D * HEAD_OUT, d_m, i, i, HEAD_OUT, D, HEAD_OUT)
+        _accumulate(partial + AT_M + h * D * HEAD_OUT, d_m * d_m_unit, HEAD_OUT, D, HEAD_OUT)
     return d_x
 
 
@@ -347,7 +640,7 @@ def backward_resident(
     x,  # (B, F, E), any strides
     weights,  # packed, fp32 or fp64
     mask,
-    out,  # (B, F, O), contiguous
+    relu_mask,  # as for the streaming kernel
     d_x,  # (B, F, E), contiguous
     partial,  # (programs, size of weights)
     batch,
@@ -387,83 +680,148 @@ def backward_resident(
     """Each program walks over tiles. HOIST: heads unrolled, their weights loaded once per program."""
     dtype: tl.constexpr = x.dtype.element_ty
     acc: tl.constexpr = weights.dtype.element_ty
+    scaled: tl.constexpr = PRECISION != "ieee"
+    operand_dtype: tl.constexpr = tl.float16 if PRECISION != "ieee" else dtype
     nb: tl.constexpr = (F + BLOCK - 1) // BLOCK
     size: tl.constexpr = AT_B + 2 * O
     through_heads: tl.constexpr = NEED_INPUT or NEED_SCORES or (NEED_VALUES and OUTPUT != BARE)
     i = tl.arange(0, BLOCK)
-    zero = tl.cast(nought, acc)
+    nothing = tl.zeros((BLOCK, BLOCK), acc)
     pid = tl.program_id(0)
     partial += tl.cast(pid, tl.int64) * size
     for first in tl.range(0, size, 128):
         at = first + tl.arange(0, 128)
         tl.store(partial + at, tl.zeros((128,), acc), mask=at < size)
     tl.debug_barrier()
+    x_top, y_top, a_top, w_top, most_q = _binades(PRECISION)
+    into_z, _, _ = _factors(PRECISION)
+    a_scale, w_scale, largest_c = 1.0, 1.0, 0.0
+    if scaled:
+        a_scale, _ = power_of_two(_largest(weights, 0, E * H * D, acc), a_top)
+        largest_c = _largest(weights, E * H * D, E * H * D + H * D, acc)
+        largest = _largest(weights, AT_M, AT_B, acc)
+        if OUTPUT == BARE:
+            largest = tl.maximum(largest, 1.0)
+        w_scale, _ = power_of_two(largest, w_top)
+    ones = ()
+    for k in tl.static_range(nb):
+        # For packed samples, whose P between samples is zero, all.
+        ones = ones + (ones_of(k * BLOCK + i, F if PACK == 1 else BLOCK, nb * BLOCK, operand_dtype),)
     heads = ()
     if HOIST:
         for h in tl.static_range(H):
-            heads = heads + (_load_head(weights, h, E, H, D, HEAD_OUT, AT_M, OUTPUT, dtype),)
+            head = _load_head(weights, h, a_scale, w_scale, E, H, D, HEAD_OUT, AT_M, OUTPUT, operand_dtype, PRECISION)
+            heads = heads + (head,)
     for t in tl.range(pid, (batch + PACK - 1) // PACK, tl.num_programs(0)):
         tile = tl.cast(t, tl.int64)
+        part = partial
+        folded = weights
+        if scaled:
+            # Addresses are computed for each tile: kept, they would take more registers than there are.
+            part += tl.cast(nought, tl.int64) * tile
+            folded += tl.cast(nought, tl.int64) * tile
+        raw = ()
         x_tiles = ()
         values = ()
         ceilings = ()
-        d_x_tiles = ()
-        longest = tl.zeros((BLOCK,), acc)  # the largest |x|^2
+        longest = tl.zeros((8, 8), acc)
         for k in tl.static_range(nb):
             rows = k * BLOCK + i
-            x_k = load_rows(x, rows, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
-            x_tiles = x_tiles + (x_k,)
-            values = values + (finite(x_k, PACK, acc),)
+            raw = raw + (load_rows(x, rows, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK),)
             if MASK != MASK_PAIRS:
                 ceiling = load_ceiling(mask, i, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
                 ceilings = ceilings + (ceiling,)
-            d_x_tiles = d_x_tiles + (tl.zeros((BLOCK, BLOCK), acc),)
-            longest = tl.maximum(longest, tl.sum(x_k.to(acc) * x_k.to(acc), 1))
-        bad = poison(x_tiles[0], PACK, acc)
-        longest = tl.max(longest, 0)
+        bad = poison(raw[0], PACK, acc)
+        x_scale, x_unit = 1.0, 1.0
+        if scaled:
+            x_scale, x_unit = power_of_two(_largest_of_samples(raw, PACK), x_top)
+        for k in tl.static_range(nb):
+            x_k = _operand(raw[k], x_scale, operand_dtype, PRECISION)
+            x_tiles = x_tiles + (x_k,)
+            values = values + (_finite(x_k, PACK, acc),)
+            if not scaled:
+                longest = tl.maximum(longest, _diagonals(_product(x_k, x_k, nothing, False, True)))
+        longest = tl.max(tl.max(longest, 1), 0)  # |x|^2: no product of two rows is larger
+        WIDTH: tl.constexpr = E if RESIDUAL == IDENTITY else HEAD_OUT
         d_y = ()
-        if NEED_INPUT and RESIDUAL == IDENTITY:
-            d_y = _load_output_tiles(grad, out, 0, zero, tile, batch, d_sb, d_sf, d_so, F, O, E, nb, PACK, RELU, acc)
-            added = ()
-            for k in tl.static_range(nb):
-                added = added + (d_y[k].to(acc),)
-            d_x_tiles = added
+        if OUTPUT == MERGED or RESIDUAL == IDENTITY:
+            d_y = _load_output_tiles(
+                grad, relu_mask, 0, nought, tile, batch, d_sb, d_sf, d_so, F, O, WIDTH, HEAD_OUT, nb, PACK, RELU
+            )
+        y_scale, y_unit = 1.0, 1.0
+        if scaled:
+            if OUTPUT == MERGED or RESIDUAL == IDENTITY:
+                largest_y = _largest_of_samples(d_y, PACK)
+            else:
+                largest_y = tl.zeros_like(_largest_of_samples(raw, PACK))
+                for h in tl.range(H):
+                    d_y_h = _load_output_tiles(
+                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
+                        nb, PACK, RELU,
+                    )  # fmt: skip
+                    largest_y = tl.maximum(largest_y, _largest_of_samples(d_y_h, PACK))
+            y_scale, y_unit = power_of_two(largest_y, y_top)
+        c_scale = x_scale * a_scale
+        q_scale, q_unit = 1.0, 1.0
+        if scaled:
+            q_scale, q_unit = power_of_two(largest_c * c_scale + most_q, 14)
+            q_unit *= _inverse(c_scale, PRECISION)
+        d_z_unit = _inverse(y_scale * w_scale, PRECISION)
+        units = (x_unit, (y_scale, y_unit), (w_scale, d_z_unit), (c_scale, q_scale, q_unit))
+        d_x_unit = d_z_unit * (1.0 / into_z)
+        d_x_tiles = ()
+        for k in tl.static_range(nb):
+            if NEED_INPUT and RESIDUAL == IDENTITY:
+                d_x_tiles = d_x_tiles + (d_y[k].to(acc) * (y_scale * w_scale * into_z),)
+            else:
+                d_x_tiles = d_x_tiles + (nothing,)
+        d_y_tiles = ()
+        d_y_factors = ()
         if OUTPUT == MERGED:
-            d_y, d_x_tiles = _differentiate_columns(
-                d_x_tiles, x_tiles, 0, ceilings, grad, out, partial, weights, mask, zero, tile, batch, d_sb, d_sf, d_so,
-                m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, RELU, PACK, MASK, NEED_INPUT, NEED_RESIDUAL,
-                NEED_BIAS, PRECISION,
+            d_y_tiles, d_y_factors, d_x_tiles = _differentiate_columns(
+                d_x_tiles, x_tiles, d_y, 0, ceilings, units, part, folded, mask, tile, batch, m_sb, m_sq, m_sk, F,
+                E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK, MASK, NEED_INPUT, NEED_RESIDUAL, NEED_BIAS, PRECISION,
             )  # fmt: skip
         if HOIST:
             for h in tl.static_range(H):
-                d_y_h = d_y
+                tiles_h, factors_h = d_y_tiles, d_y_factors
                 if OUTPUT != MERGED:
-                    d_y_h, d_x_tiles = _differentiate_columns(
-                        d_x_tiles, x_tiles, h * HEAD_OUT, ceilings, grad, out, partial, weights, mask, zero, tile,
-                        batch, d_sb, d_sf, d_so, m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, RELU, PACK,
-                        MASK, NEED_INPUT, NEED_RESIDUAL, NEED_BIAS, PRECISION,
+                    d_y_h = _load_output_tiles(
+                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
+                        nb, PACK, RELU,
+                    )  # fmt: skip
+                    tiles_h, factors_h, d_x_tiles = _differentiate_columns(
+                        d_x_tiles, x_tiles, d_y_h, h * HEAD_OUT, ceilings, units, part, folded, mask, tile, batch,
+                        m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK, MASK, NEED_INPUT,
+                        NEED_RESIDUAL, NEED_BIAS, PRECISION,
                     )  # fmt: skip
                 if through_heads:
                     d_x_tiles = _differentiate_head(
-                        d_x_tiles, x_tiles, values, d_y_h, ceilings, bad, heads[h], longest, h, partial, mask, tile,
-                        batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, HOIST, NEED_INPUT,
-                        NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
+                        d_x_tiles, x_tiles, values, ones, tiles_h, factors_h, ceilings, bad, units, heads[h],
+                        longest, h, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M,
+                        PACK, MASK, HOIST, NEED_INPUT, NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
                     )  # fmt: skip
         elif through_heads or OUTPUT != MERGED:
             for h in tl.range(H):
-                d_y_h = d_y
+                tiles_h, factors_h = d_y_tiles, d_y_factors
                 if OUTPUT != MERGED:
-                    d_y_h, d_x_tiles = _differentiate_columns(
-                        d_x_tiles, x_tiles, h * HEAD_OUT, ceilings, grad, out, partial, weights, mask, zero, tile,
-                        batch, d_sb, d_sf, d_so, m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, RELU, PACK,
-                        MASK, NEED_INPUT, NEED_RESIDUAL, NEED_BIAS, PRECISION,
+                    d_y_h = _load_output_tiles(
+                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
+                        nb, PACK, RELU,
+                    )  # fmt: skip
+                    tiles_h, factors_h, d_x_tiles = _differentiate_columns(
+                        d_x_tiles, x_tiles, d_y_h, h * HEAD_OUT, ceilings, units, part, folded, mask, tile, batch,
+                        m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK, MASK, NEED_INPUT,
+                        NEED_RESIDUAL, NEED_BIAS, PRECISION,
                     )  # fmt: skip
                 if through_heads:
-                    head = _load_head(weights, h, E, H, D, HEAD_OUT, AT_M, OUTPUT, dtype)
+                    head = _load_head(
+                        folded, h, a_scale, w_scale, E, H, D, HEAD_OUT, AT_M, OUTPUT, operand_dtype, PRECISION
+                    )
                     d_x_tiles = _differentiate_head(
-                        d_x_tiles, x_tiles, values, d_y_h, ceilings, bad, head, longest, h, partial, mask, tile,
-                        batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M, PACK, MASK, HOIST, NEED_INPUT,
-                        NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
+                        d_x_tiles, x_tiles, values, ones, tiles_h, factors_h, ceilings, bad, units, head, longest,
+                        h, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M, PACK,
+                        MASK, HOIST, NEED_INPUT, NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
                     )  # fmt: skip
         if NEED_INPUT:
             for k in tl.static_range(nb):
@@ -471,4 +829,4 @@ def backward_resident(
                 inside = exists[:, None]
                 if E % BLOCK != 0:
                     inside = inside & (i[None, :] < E)
-                tl.store(d_x + offsets[:, None] + i[None, :], d_x_tiles[k].to(dtype), mask=inside)
+                tl.store(d_x + offsets[:, None] + i[None, :], (d_x_tiles[k] * d_x_unit).to(dtype), mask=inside)

@@ -129,8 +129,26 @@ def fold_backward(
     return grads
 
 
-def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, config: Config | None = None) -> Tensor:
-    """As `torch_engine.interact`, in one launch. `config` forces a cut other than the shape's own."""
+def empty_relu_mask(x: Tensor, layout: Layout) -> Tensor | None:
+    """As `torch_engine.empty_relu_mask`: a bit per output, in words of 16 bits, at least one for each head that has
+    columns of its own. int16 (B, F, words)"""
+    heads = 1 if layout.output == MERGED else layout.n_head
+    return x.new_empty(*x.shape[:2], heads * -(-layout.head_out // 16), dtype=torch.int16)
+
+
+def interact(
+    x: Tensor,
+    packed: Tensor,
+    mask: Tensor | None,
+    layout: Layout,
+    config: Config | None = None,
+    *,
+    relu_mask: Tensor | None = None,
+) -> Tensor:
+    """As `torch_engine.interact`, in one launch.
+
+    config: forces a cut other than the shape's own. relu_mask: of `empty_relu_mask`, filled in place.
+    """
     from .triton_launch import (
         dot_precision,
         forward_config,
@@ -153,7 +171,7 @@ def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, con
         programs = forward_programs(batch, fields, layout, config, target)
         projected = x.new_empty(programs, projected_size(fields, layout, config))
     with _device(x):
-        forward_launch(x, packed, mask, out, projected, layout, config, target)()
+        forward_launch(x, packed, mask, out, relu_mask, projected, layout, config, target)()
     return out
 
 
@@ -176,7 +194,7 @@ def interact_backward(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor | None,
+    relu: Tensor | None,
     mask: Tensor | None,
     layout: Layout,
     needs: int,
@@ -214,7 +232,7 @@ def interact_backward(
             grad,
             x,
             packed,
-            grad if out is None else out,  # without relu it is not read
+            grad if relu is None else relu,  # without relu it is not read
             mask,
             x if d_x is None else d_x,
             partial,

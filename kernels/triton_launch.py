@@ -28,10 +28,12 @@ from ..weights import (
     Layout,
     Parts,
 )
-from . import triton_backward, triton_backward_resident, triton_fold, triton_resident, triton_streaming
+from . import triton_backward, triton_backward_resident, triton_fold, triton_resident, triton_scaled, triton_streaming
 
 BLOCK = 16
 MASK_NONE, MASK_KEYS, MASK_PAIRS = 0, 1, 2
+# What resident kernels take for the precisions of fp32 tensors.
+HALVES = {"tf32": "fp16", "tf32x4": "fp16x2"}
 # What programs keep in memory, a row of partial sums or of projected keys and values each, is read once more: more
 # than this is not worth the parallelism, and would not stay in the second-level cache.
 PARTIAL_BYTES = 32 << 20
@@ -62,7 +64,8 @@ class Target:
 class Config:
     """How a kernel is cut to a shape.
 
-    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or "tf32x4" for fp32's own accuracy.
+    precision: of the dots, "ieee" (16-bit and fp64 operands), "tf32", or "tf32x4" for fp32's own accuracy; resident
+        kernels know "fp16" as well, as accurate as TF32, and "fp16x2", which in forwards is as accurate as fp32.
     resident: a tile's x stays on chip, else keys are streamed.
     shifted: streaming forwards: row maxima are subtracted at once, not only where there is need.
     pack: samples that share a tile.
@@ -111,15 +114,13 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     pack = packed_samples(n_fields)
     widest = max(layout.emb_size, layout.rank, layout.head_out)
     if not layout.factored and layout.output == MERGED and n_fields <= 4 * BLOCK and widest <= BLOCK:
-        # Unrolled, row blocks share what they read of the weights; registers last for so many, and for a mask of pairs
-        # for one only.
-        most = 1 if mask_kind == MASK_PAIRS else {"ieee": 4, "tf32": 3, "tf32x4": 1}[precision]
-        if precision == "ieee":
-            hoist = layout.n_head <= 4
-        else:
-            full = layout.emb_size == layout.out_size == BLOCK
-            spare = precision == "tf32" or (mask_kind == MASK_NONE and n_fields <= 3 * BLOCK)
-            hoist = layout.n_head <= 2 and full and spare
+        hoist = layout.n_head <= 4
+        if precision == "tf32":
+            hoist = layout.n_head <= 2 and layout.emb_size == layout.out_size == BLOCK
+        if precision == "tf32x4" or (precision == "tf32" and not hoist):
+            return _scaled_config(n_fields, layout, precision, mask_kind)
+        # Unrolled, row blocks share what they read of the weights; registers last for so many.
+        most = {"ieee": (4, 4, 1), "tf32": (3, 1, 1)}[precision][mask_kind]
         return Config(
             precision,
             resident=True,
@@ -142,9 +143,26 @@ def forward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     return Config(precision, shifted=shifted, pack=pack, rows=rows, keys=keys, maxnreg=maxnreg)
 
 
+def _scaled_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
+    """The resident forward's cut with fp16 operands, where those of TF32 are more instructions: for all of fp32's
+    accuracy, and where their weights would have to be loaded for every block of rows."""
+    # Beyond, registers do not last: for unrolled blocks, and for weights in two parts.
+    most = {MASK_NONE: 48, MASK_KEYS: 40, MASK_PAIRS: BLOCK}[mask_kind]
+    full = layout.emb_size == layout.out_size == BLOCK
+    spare = precision == "tf32" or (full and (mask_kind == MASK_NONE or n_fields <= 2 * BLOCK))
+    return Config(
+        HALVES[precision],
+        resident=True,
+        pack=packed_samples(n_fields),
+        unroll=n_fields <= most,
+        hoist=layout.n_head <= 2 and spare,
+        maxnreg=255,
+    )
+
+
 def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
-    """The backward's cut. Resident: folded, of up to 16 columns, in 16 bits, up to 39 fields where that takes no more
-    registers than there are; the rest is streamed, in blocks of 16 rows, which leave room for every accumulator."""
+    """The backward's cut. Resident: folded, of up to 16 columns (fp32: of 16), up to 39 fields where registers last, or
+    all but last; the rest is streamed, in blocks of 16 rows, which leave room for every accumulator."""
     pack = packed_samples(n_fields)
     h, e, _, _, factored, output, *_ = layout
     if precision == "ieee" and not factored and max(e, layout.head_out) <= BLOCK:
@@ -157,6 +175,11 @@ def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: in
         if n_fields <= most:
             hoist = aligned and h <= 2 and mask_kind == MASK_NONE and output != CONCATENATED
             return Config(precision, resident=True, pack=pack, hoist=hoist, programs_per_sm=8, maxnreg=255)
+    if precision == "tf32" and not factored and e == layout.head_out == BLOCK and mask_kind != MASK_PAIRS:
+        # Beyond 32 fields some addresses are spilled, read once per tile: a fifth of the streaming kernel's work
+        # all the same. Operands in two parts, for all of fp32's accuracy, just miss it.
+        if n_fields <= 39:
+            return Config(HALVES[precision], resident=True, pack=pack, programs_per_sm=8, maxnreg=255)
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.
     return Config(precision, pack=pack, keys=keys, programs_per_sm=8, maxnreg=255)
@@ -171,7 +194,7 @@ def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[int, tuple[An
 
 
 def _dots(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    exact = dtype == torch.float64 or (dtype == torch.float32 and config.precision != "tf32")
+    exact = dtype == torch.float64 or (dtype == torch.float32 and config.precision not in ("tf32", "fp16"))
     return {"PRECISION": config.precision, "REORDER": config.precision != "ieee", "EXACT": exact}
 
 
@@ -273,25 +296,34 @@ def forward_launch(
     packed: Tensor,
     mask: Tensor | None,
     out: Tensor,
+    relu_mask: Tensor | None,
     projected: Tensor,
     layout: Layout,
     config: Config,
     target: Target,
 ) -> Launch:
-    """x (B, F, E) -> out (B, F, O), contiguous. `projected`: (programs, projected_size), or anything where folded."""
+    """x (B, F, E) -> out (B, F, O), contiguous, and what relu let pass, if that is to be kept.
+
+    `projected`: (programs, projected_size), or anything where folded.
+    """
     batch, fields, _ = x.shape
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
     cut = {"F": fields, "PACK": config.pack, "MASK": mask_kind, "RELU": layout.relu, **_dots(config, x.dtype)}
+    cut["KEEP_RELU"] = relu_mask is not None
+    outputs = (out, out if relu_mask is None else relu_mask)
     args = (batch, *x.stride(), *mask_strides)
     key_end, blocks = _key_blocks(fields, BLOCK if config.resident else config.keys)
     if config.resident:
         cut |= {"UNROLL": config.unroll, "HOIST": config.hoist}
         kernel = triton_resident.forward_resident
-        args = (x, packed, mask_tensor, out, *args, key_end)
+        if config.precision in ("fp16", "fp16x2"):
+            kernel = triton_scaled.forward_scaled
+            del cut["REORDER"], cut["EXACT"]
+        args = (x, packed, mask_tensor, *outputs, *args, key_end)
     else:
         cut |= {"ROWS": config.rows, "SHIFTED": config.shifted, **blocks, **_form(layout)}
         kernel = triton_streaming.forward_streaming
-        args = (x, packed, mask_tensor, out, projected, *args, key_end)
+        args = (x, packed, mask_tensor, *outputs, projected, *args, key_end)
     grid = (forward_programs(batch, fields, layout, config, target),)
     return Launch(kernel, grid, args, {**_sizes(layout), **cut, **config.options(target)})
 
@@ -307,7 +339,7 @@ def backward_launch(
     grad: Tensor,
     x: Tensor,
     packed: Tensor,
-    out: Tensor,
+    relu_mask: Tensor,
     mask: Tensor | None,
     d_x: Tensor,
     partial: Tensor,
@@ -318,13 +350,13 @@ def backward_launch(
     config: Config,
     target: Target,
 ) -> Launch:
-    """dx (B, F, E), contiguous, and a row of partial sums per program."""
+    """dx (B, F, E), contiguous, and a row of partial sums per program. `relu_mask`: anything without relu."""
     batch, fields, _ = x.shape
     mask_kind, (mask_tensor, *mask_strides) = mask_arguments(mask, x)
     form = _form(layout)
     dots = _dots(config, x.dtype)
     cut: dict[str, Any] = {"F": fields, "MASK": mask_kind, "PACK": config.pack}
-    tensors = (grad, x, packed, mask_tensor, out, d_x, partial)
+    tensors = (grad, x, packed, mask_tensor, relu_mask, d_x, partial)
     args = (batch, *grad.stride(), *x.stride(), *mask_strides)
     if config.resident:
         kernel = triton_backward_resident.backward_resident
@@ -347,8 +379,11 @@ def reduce_launch(partial: Tensor, total: Tensor, layout: Layout, needs: int) ->
     """The rows of `partial` added up, the parts nobody needs zero."""
     starts = _starts(layout)
     options = {"AT_V": starts.v, "AT_R": starts.r, "AT_B": starts.b, "SIZE": layout.numel, **_needed_parts(needs)}
-    options |= {"ROWS": 32, "COLUMNS": 64, "num_warps": 4}
-    return Launch(triton_fold.reduce_partial, (-(-layout.numel // 64),), (partial, total, partial.shape[0]), options)
+    # It waits for memory and little else: a sector of many rows at once, by programs enough for every multiprocessor.
+    columns = 8
+    options |= {"ROWS": 512, "COLUMNS": columns, "num_warps": 4}
+    grid = (-(-layout.numel // columns),)
+    return Launch(triton_fold.reduce_partial, grid, (partial, total, partial.shape[0]), options)
 
 
 def _needed_parts(needs: int) -> dict[str, bool]:

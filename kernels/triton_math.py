@@ -223,6 +223,12 @@ def row_offsets(i, tile, batch, stride_b, stride_f, F: tl.constexpr, PACK: tl.co
 
 
 @triton.jit
+def relu_words(O: tl.constexpr, WIDTH: tl.constexpr):
+    """The words of 16 bits of a row of `relu_mask`: bit c of a word is the c-th of 16 columns of one head's WIDTH."""
+    return (O // WIDTH) * ((WIDTH + BLOCK - 1) // BLOCK)
+
+
+@triton.jit
 def column_run(RUN: tl.constexpr):
     """0 to 15, of which a thread may access RUN at once. [16]"""
     return tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), RUN), RUN)

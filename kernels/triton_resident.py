@@ -16,7 +16,6 @@ from .triton_math import (
     MERGED,
     PROJECTION,
     as_operand,
-    from_quads,
     left_operand,
     left_order,
     load_block,
@@ -92,7 +91,7 @@ def _attend(
         q = multiply(x_left, a, tl.zeros((BLOCK, BLOCK), y.dtype), PRECISION)
         q = tl.fma(q, tl.full((BLOCK, BLOCK), 1.0, y.dtype), c)
     else:
-        q = multiply(x_left, a, c, PRECISION, RESTS=False)
+        q = multiply(x_left, a, c, PRECISION)
     q = operands(as_operand(q.to(dtype), REORDER), PRECISION)
     z = (tl.zeros((BLOCK, BLOCK), y.dtype),)
     sums = tl.zeros((BLOCK, 8), y.dtype)
@@ -124,7 +123,7 @@ def _forward_rows(
     b,
     weights,
     mask,
-    out,
+    outputs,
     tile,
     batch,
     m_sb,
@@ -172,7 +171,7 @@ def _forward_rows(
                 y, doubt, x_left, rows, keys, values, ones, starts, head, PACK, PRECISION, REORDER, EXACT, LIVE
             )
     doubt = doubt_values(doubt, y, dtype)
-    store_output(from_quads(y), out, rows, 0, (), tile, batch, F, O, O, PACK, RELU, 4)
+    store_output(y, outputs, rows, 0, 0, (), tile, batch, F, O, O, PACK, RELU, 4, True)
     return doubt
 
 
@@ -182,6 +181,7 @@ def forward_resident(
     weights,  # packed, fp32 or fp64
     mask,  # bool, strides 0 where it broadcasts; anything where MASK is MASK_NONE
     out,  # (B, F, O), contiguous
+    relu_mask,  # as for the streaming kernel
     batch,
     x_sb,
     x_sf,
@@ -205,6 +205,7 @@ def forward_resident(
     EXACT: tl.constexpr,
     UNROLL: tl.constexpr,
     HOIST: tl.constexpr,
+    KEEP_RELU: tl.constexpr,
 ):
     """Each program walks over tiles. UNROLL: row blocks unrolled. HOIST: the heads' weights are kept on chip."""
     dtype: tl.constexpr = x.dtype.element_ty
@@ -217,6 +218,9 @@ def forward_resident(
     # A sixth of all exponentials at F = 39. With TF32 memory takes longer than they do.
     live: tl.constexpr = tail if PRECISION == "ieee" else BLOCK
     at_m: tl.constexpr = (E + 1) * H * E
+    outputs = (out,)
+    if KEEP_RELU:
+        outputs = (out, relu_mask)
     i = tl.arange(0, BLOCK)
     r = ()
     if RESIDUAL == PROJECTION:
@@ -259,7 +263,7 @@ def forward_resident(
                     # Or the compiler keeps all weights in registers for all blocks, and spills.
                     tl.debug_barrier()
                 doubt = _forward_rows(
-                    doubt, blocks[k], k * BLOCK + i, keys, values, ones, starts, heads, r, b, weights, mask, out,
+                    doubt, blocks[k], k * BLOCK + i, keys, values, ones, starts, heads, r, b, weights, mask, outputs,
                     tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
                     HOIST, live if k == nb - 1 else BLOCK,
                 )  # fmt: skip
@@ -267,12 +271,12 @@ def forward_resident(
             for first in tl.range(0, F, BLOCK):
                 x_rows = load_rows(x, first + i, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
                 doubt = _forward_rows(
-                    doubt, x_rows, first + i, keys, values, ones, starts, heads, r, b, weights, mask, out,
+                    doubt, x_rows, first + i, keys, values, ones, starts, heads, r, b, weights, mask, outputs,
                     tile, batch, m_sb, m_sq, m_sk, F, E, H, O, RESIDUAL, RELU, PACK, MASK, PRECISION, REORDER, EXACT,
                     HOIST, BLOCK,
                 )  # fmt: skip
         recompute(
-            doubt, x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, 0, key_end + (F - 1) % BLOCK + 1, tile, batch,
-            x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, E, O, 0, MERGED, RESIDUAL, RELU, O, at_m, AT_R, AT_B,
-            PACK, MASK, PRECISION, REORDER, EXACT,
+            doubt, x, weights, x, x, tile, x_sb, x_sf, x_se, mask, outputs, 0, key_end + (F - 1) % BLOCK + 1, tile,
+            batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, E, O, 0, MERGED, RESIDUAL, RELU, O, at_m, AT_R,
+            AT_B, PACK, MASK, PRECISION, REORDER, EXACT, dtype,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from .triton_math import (
     column_run,
     dot,
     finite,
+    from_quads,
     hide,
     load_block,
     load_ceiling,
@@ -33,6 +34,7 @@ from .triton_math import (
     own_keys,
     poison,
     quad_order,
+    relu_words,
     reordered,
     restoring,
     right_operand,
@@ -57,24 +59,73 @@ from .triton_unshifted import (
 
 
 @triton.jit
-def store_output(
-    y, out, rows, first, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr,
-    PACK: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """y [R, 16] or its relu into WIDTH columns of a contiguous (B, F, O), from their column `first` on; NaN stays NaN.
+def _power(exponent):
+    """2^exponent, for small numbers from 0 on."""
+    return (1 << exponent).to(tl.float32)
 
-    wanted: (), or of which rows [R]. A thread writes RUN columns at most.
+
+@triton.jit
+def _store_relu_mask(
+    stopped, relu_mask, offsets, exists, QUADS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The outputs whose gradient relu does not let pass, `stopped` [R, 16], as the zero bits of a word of each row.
+
+    The tensor core adds up the others, exactly: no thread has all of a row. DTYPE: of its operands, 16 bits.
     """
-    o = first + column_run(RUN)
+    # 2^c is 2 to what the thread adds to c, one number for all of its registers, times 2 to what the register adds, a
+    # constant.
+    i = tl.arange(0, BLOCK)
+    thread = i % 8 // 2
+    if QUADS:
+        of_thread = thread * 4
+        of_register = i // 8 * 2 + i % 2
+    else:
+        of_thread = thread * 2
+        of_register = i // 8 * 8 + i % 2
+    passed = tl.where(stopped, 0.0, _power(of_register)[None, :]).to(DTYPE)
+    powers = tl.broadcast_to(_power(of_thread).to(DTYPE)[:, None], (BLOCK, 8))
+    # On top of 2^23 an fp32 number ends in the bits of an integer.
+    bits = tl.dot(passed, powers, tl.full((stopped.shape[0], 8), 8388608.0, tl.float32), out_dtype=tl.float32)
+    words = sums_of_rows(bits).to(tl.int32, bitcast=True).to(tl.int16)
+    copy = tl.arange(0, 4)[None, :]
+    tl.store(relu_mask + offsets[:, None] + copy * 0, words, mask=exists[:, None] & (copy == 0))
+
+
+@triton.jit
+def store_output(
+    y, outputs, rows, head, first, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr, WIDTH: tl.constexpr,
+    PACK: tl.constexpr, RELU: tl.constexpr, RUN: tl.constexpr, QUADS: tl.constexpr = False,
+):  # fmt: skip
+    """y [R, 16] or its relu into a contiguous (B, F, O), from column `first` on of a head's WIDTH; NaN stays NaN.
+
+    outputs: the tensor, and `relu_mask` where it is kept. wanted: (), or of which rows [R]. A thread writes RUN columns
+    at most. QUADS: the columns of y are in that order.
+    """
+    out = outputs[0]
+    dtype: tl.constexpr = out.dtype.element_ty
     offsets, exists = row_offsets(rows, tile, batch, F * O, O, F, PACK)
     if len(wanted) > 0:
         exists = exists & wanted[0]
+    if RELU:
+        stopped = y <= 0.0
+        y = tl.where(stopped, 0.0, y)
+        if len(outputs) > 1:
+            words: tl.constexpr = relu_words(O, WIDTH)
+            if words * BLOCK == O:
+                at = offsets // BLOCK
+            else:
+                at, _ = row_offsets(rows, tile, batch, F * words, words, F, PACK)
+            relu_mask = outputs[1] + head * (words * WIDTH // O) + first // BLOCK
+            half: tl.constexpr = tl.bfloat16 if dtype.is_bf16() else tl.float16
+            _store_relu_mask(stopped, relu_mask, at, exists, QUADS, half)
+    y = y.to(dtype)
+    if QUADS:
+        y = from_quads(y)
+    o = first + column_run(RUN)
     inside = exists[:, None]
     if WIDTH % BLOCK != 0:
         inside = inside & (o[None, :] < WIDTH)
-    if RELU:
-        y = tl.where(y < 0.0, 0.0, y)
-    tl.store(out + offsets[:, None] + o[None, :], y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + head * WIDTH + offsets[:, None] + o[None, :], y, mask=inside)
 
 
 @triton.jit
@@ -530,18 +581,18 @@ def _add_head(
 
 @triton.jit
 def _store_columns(
-    y, row_sum, weights, out, rows, first, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr,
+    y, row_sum, weights, outputs, rows, head, wanted, tile, batch, F: tl.constexpr, O: tl.constexpr,
     HEAD_OUT: tl.constexpr, AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr, RELU: tl.constexpr,
     RUN: tl.constexpr,
 ):  # fmt: skip
-    """The output's columns from `first` on, finished and stored; with a mask, rows with a key to see still lack g."""
+    """A head's columns of the output, or all, finished and stored; with a mask, rows with a key to see still lack g."""
     i = tl.arange(0, BLOCK)
     for o in tl.static_range(len(y)):
         y_o = y[o]
         if MASK != MASK_NONE:
-            g = load_vector(weights + AT_B + O + first, o * BLOCK, i, HEAD_OUT)
+            g = load_vector(weights + AT_B + O + head * HEAD_OUT, o * BLOCK, i, HEAD_OUT)
             y_o += tl.where((row_sum == 0.0)[:, None], 0.0, g[None, :])
-        store_output(y_o, out + first, rows, o * BLOCK, wanted, tile, batch, F, O, HEAD_OUT, PACK, RELU, RUN)
+        store_output(y_o, outputs, rows, head, o * BLOCK, wanted, tile, batch, F, O, HEAD_OUT, PACK, RELU, RUN)
 
 
 @triton.jit
@@ -555,7 +606,7 @@ def forward_rows(
     k_sf,
     k_se,
     mask,
-    out,
+    outputs,
     rows,
     wanted,  # (), or which rows to store [R]
     tile,
@@ -609,7 +660,7 @@ def forward_rows(
                 REORDER, EXACT, KEYS, TAIL, SHIFTED, RUN,
             )  # fmt: skip
         _store_columns(
-            y, row_sum, weights, out, rows, 0, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
+            y, row_sum, weights, outputs, rows, 0, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
         )
     else:
         for h in tl.range(H):
@@ -624,32 +675,33 @@ def forward_rows(
                 REORDER, EXACT, KEYS, TAIL, SHIFTED, RUN,
             )  # fmt: skip
             _store_columns(
-                y, row_sum, weights, out, rows, first, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
+                y, row_sum, weights, outputs, rows, h, wanted, tile, batch, F, O, HEAD_OUT, AT_B, PACK, MASK, RELU, RUN
             )
     return doubt
 
 
 @triton.jit
 def recompute(
-    doubt, x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first, end, tile, batch,
+    doubt, x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, outputs, first, end, tile, batch,
     x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F: tl.constexpr, E: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     O: tl.constexpr, FACTORED: tl.constexpr, OUTPUT: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
     HEAD_OUT: tl.constexpr, AT_M: tl.constexpr, AT_R: tl.constexpr, AT_B: tl.constexpr, PACK: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr, REORDER: tl.constexpr, EXACT: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Where there is doubt, the rows from `first` to `end`, shifted by their maxima, in blocks of 16 rows and keys.
 
     Of packed samples it stores those that are doubted. (What is not finite spoils a whole tile, which then is.)
-    key_end: where the full blocks of 16 keys end.
+    key_end: where the full blocks of 16 keys end. P: the type of the exponentials that are doubted.
     """
     wanted = ()
     if PACK > 1:
-        wanted = (doubtful_samples(doubt, PACK, x.dtype.element_ty),)
-    for row in tl.range(first, tl.where(certain(doubt, x.dtype.element_ty), first, end), BLOCK):
+        wanted = (doubtful_samples(doubt, PACK, P),)
+    for row in tl.range(first, tl.where(certain(doubt, P), first, end), BLOCK):
         # What is stored here was stored before, perhaps by other threads.
         tl.debug_barrier()
         forward_rows(
-            x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, row + tl.arange(0, BLOCK),
+            x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, outputs, row + tl.arange(0, BLOCK),
             wanted, tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT,
             RESIDUAL, RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, BLOCK, BLOCK, True, 4,
         )  # fmt: skip
@@ -657,7 +709,7 @@ def recompute(
 
 @triton.jit
 def _forward_block(
-    x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first, tile, batch, x_sb, x_sf, x_se,
+    x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, outputs, first, tile, batch, x_sb, x_sf, x_se,
     m_sb, m_sq, m_sk, key_end, F: tl.constexpr, E: tl.constexpr, H: tl.constexpr, D: tl.constexpr, O: tl.constexpr,
     FACTORED: tl.constexpr, OUTPUT: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, HEAD_OUT: tl.constexpr,
     AT_M: tl.constexpr, AT_R: tl.constexpr, AT_B: tl.constexpr, PACK: tl.constexpr, MASK: tl.constexpr,
@@ -667,15 +719,16 @@ def _forward_block(
     """ROWS rows from `first` on; not SHIFTED, then once more, shifted and 16 at a time, where there was doubt."""
     run: tl.constexpr = 16 if SHIFTED else 4
     doubt = forward_rows(
-        x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first + tl.arange(0, ROWS),
+        x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, outputs, first + tl.arange(0, ROWS),
         (), tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
         HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, KEYS, TAIL, SHIFTED, run,
     )  # fmt: skip
     if not SHIFTED:
         recompute(
-            doubt, x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, out, first, first + ROWS,
+            doubt, x, weights, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, outputs, first, first + ROWS,
             tile, batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end + (F - 1) % KEYS - (F - 1) % BLOCK, F, E, H, D,
             O, FACTORED, OUTPUT, RESIDUAL, RELU, HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT,
+            x.dtype.element_ty,
         )  # fmt: skip
 
 
@@ -685,6 +738,7 @@ def forward_streaming(
     weights,  # packed, fp32 or fp64
     mask,  # bool, strides 0 where it broadcasts; anything where MASK is MASK_NONE
     out,  # (B, F, O), contiguous
+    relu_mask,  # int16 (B, F, relu_words), contiguous
     projected,  # (programs, PACK, F, 2, H, D); anything where folded
     batch,
     x_sb,
@@ -716,11 +770,15 @@ def forward_streaming(
     KEYS: tl.constexpr,
     TAIL: tl.constexpr,
     SHIFTED: tl.constexpr,
+    KEEP_RELU: tl.constexpr,
 ):
     """Each program walks over pairs of a tile and a block of ROWS rows; factored, over tiles."""
     tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
     row_blocks: tl.constexpr = (tile_rows + ROWS - 1) // ROWS
     tiles = (batch + PACK - 1) // PACK
+    outputs = (out,)
+    if KEEP_RELU:
+        outputs = (out, relu_mask)
     if FACTORED:
         k_sf: tl.constexpr = 2 * H * D
         projected += tl.cast(tl.program_id(0), tl.int64) * (PACK * F * k_sf)
@@ -730,7 +788,7 @@ def forward_streaming(
             project_keys(x, weights, projected, i, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, PRECISION)
             for first in tl.range(0, tile_rows, ROWS):
                 _forward_block(
-                    x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, out, first, tile,
+                    x, weights, projected, projected + H * D, tile * 0, F * k_sf, k_sf, 1, mask, outputs, first, tile,
                     batch, x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
                     HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, ROWS, KEYS, TAIL, SHIFTED,
                 )  # fmt: skip
@@ -739,7 +797,7 @@ def forward_streaming(
         for t in tl.range(tl.program_id(0), tiles * row_blocks, tl.num_programs(0)):
             tile = tl.cast(t // row_blocks, tl.int64)
             _forward_block(
-                x, weights, x, x, tile, x_sb, x_sf, x_se, mask, out, t % row_blocks * ROWS, tile, batch,
+                x, weights, x, x, tile, x_sb, x_sf, x_se, mask, outputs, t % row_blocks * ROWS, tile, batch,
                 x_sb, x_sf, x_se, m_sb, m_sq, m_sk, key_end, F, E, H, D, O, FACTORED, OUTPUT, RESIDUAL, RELU,
                 HEAD_OUT, AT_M, AT_R, AT_B, PACK, MASK, PRECISION, REORDER, EXACT, ROWS, KEYS, TAIL, SHIFTED,
             )  # fmt: skip

@@ -86,7 +86,7 @@ def ones_of(keys, F: tl.constexpr, SLOT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _widen(p):
+def widen(p):
     """p [R, 8] and 8 columns of zeros."""
     r: tl.constexpr = p.shape[0]
     return tl.reshape(tl.permute(tl.join(p, tl.zeros_like(p)), (0, 2, 1)), (r, 16))
@@ -113,7 +113,7 @@ def add_keys(
         p = tl.where(counts[0], p, 0.0)
     p = as_operand(p.to(ones.dtype), REORDER)
     if p.shape[1] < ones.shape[0]:
-        p = _widen(p)
+        p = widen(p)
     parts = (p,)
     if PRECISION == "tf32x4":
         # Cut off, not rounded as in `operands`: sums lose the same, so what is lost on average does not matter.
@@ -137,11 +137,16 @@ def sums_of_rows(sums):
 
 
 @triton.jit
+def across_rows(t):
+    """t [R, 4], as `sums_of_rows` leaves it, as [R, 16]."""
+    r: tl.constexpr = t.shape[0]
+    return tl.reshape(tl.broadcast_to(t[:, None, :, None], (r, 2, 4, 2)), (r, 16))
+
+
+@triton.jit
 def scales_of_rows(total, EXACT: tl.constexpr):
     """1 / total [R, 4], as [R, 16]."""
-    r: tl.constexpr = total.shape[0]
-    scale = reciprocal(total, EXACT)
-    return tl.reshape(tl.broadcast_to(scale[:, None, :, None], (r, 2, 4, 2)), (r, 16))
+    return across_rows(reciprocal(total, EXACT))
 
 
 @triton.jit

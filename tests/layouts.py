@@ -114,3 +114,14 @@ def interact_plainly(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Lay
         y = y + x
     y = y + b + g * seen
     return nnf.relu(y) if layout.relu else y
+
+
+def relu_mask_of(out: Tensor, layout: Layout) -> Tensor | None:
+    """The relu mask (B, F, words) of the Triton engine for an output (B, F, O): bit c of a word says whether relu let
+    pass the c-th of 16 columns of one head, or of all heads where they share theirs; without relu None."""
+    if not layout.relu:
+        return None
+    heads = 1 if layout.output == MERGED else layout.n_head
+    passed = (~(out <= 0)).unflatten(-1, (heads, layout.head_out))
+    words = nnf.pad(passed, (0, -layout.head_out % 16)).unflatten(-1, (-1, 16)).flatten(-3, -2)
+    return (words.int() << torch.arange(16)).sum(-1).to(torch.int16)

@@ -419,12 +419,15 @@ class EngineSuite:
         engine, layout = ENGINES[self.engine], Layout(h, shape.e, shape.e, shape.e)
         for hidden in (None, as_three_dimensions(mask)):
             packed = engine.fold(p, layout, 1 / math.sqrt(shape.e))
-            out = engine.interact(x, packed, hidden, layout)
+            relu_mask = engine.empty_relu_mask(x, layout)
+            kept = {} if relu_mask is None else {"relu_mask": relu_mask}
+            out = engine.interact(x, packed, hidden, layout, **kept)
+            relu = out if relu_mask is None else relu_mask
             grad = torch.randn(out.shape)
             all_x, all_packed = engine.interact_backward(
-                grad, x, packed, out, hidden, layout, NEED_INPUT | NEED_WEIGHTS
+                grad, x, packed, relu, hidden, layout, NEED_INPUT | NEED_WEIGHTS
             )
-            d_x, d_packed = engine.interact_backward(grad, x, packed, out, hidden, layout, needs)
+            d_x, d_packed = engine.interact_backward(grad, x, packed, relu, hidden, layout, needs)
             assert (d_x is not None) == bool(needs & NEED_INPUT)
             assert (d_packed is not None) == bool(needs & NEED_WEIGHTS)
             if d_x is not None:

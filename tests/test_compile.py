@@ -288,7 +288,7 @@ def test_opcheck(dtype: torch.dtype, masked: bool) -> None:
     ops, everything = torch.ops.autoint_fast, NEED_INPUT | NEED_WEIGHTS
     layout, scale = list(Layout(h, e, e, e)), 0.5
     packed = ops.fold(list(p), EVERY, layout, scale, "torch")
-    out = ops.interact(x, packed, mask, layout, "torch", 0)
+    out, _ = ops.interact(x, packed, mask, layout, "torch", 0)
     leaf, leaves = x.clone().requires_grad_(), [t.clone().requires_grad_() for t in p]
     differentiable = packed.clone().requires_grad_()
     torch.library.opcheck(ops.fold.default, (leaves, EVERY, layout, scale, "torch"))
@@ -318,7 +318,7 @@ def test_fakes_give_the_strides_that_come(layout: str) -> None:
     p = InteractingParameters(*(t.t().contiguous().t() if t.ndim == 2 else t for t in p))
     ops, layout, scale = torch.ops.autoint_fast, list(Layout(h, e, e, e)), 0.5
     packed = ops.fold(list(p), EVERY, layout, scale, "torch")
-    out = ops.interact(x, packed, None, layout, "torch", 0)
+    out, _ = ops.interact(x, packed, None, layout, "torch", 0)
     calls = [
         (ops.fold, (list(p), EVERY, layout, scale, "torch")),
         (ops.fold_backward, (torch.randn_like(packed), list(p), EVERY, layout, scale, "torch", [True] * 10)),

@@ -137,7 +137,7 @@ def test_recorded_launches() -> None:
     assert few[1].launch.grid[0] < made[1].launch.grid[0]
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", "tf32x4"), (TF32, "tf32"), ("bf16", "ieee")])
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", "fp16x2"), (TF32, "tf32"), ("bf16", "ieee")])
 def test_torch_says_whether_tf32_is_allowed(precision: str, expected: str) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     (forward,) = [made.launch for made in record(SHAPES["criteo"], precision, 64, "sm_90", 132)[1:2]]

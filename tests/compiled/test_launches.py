@@ -78,7 +78,7 @@ PRECISIONS = {
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }
-MMA = {"bf16": {"bf16"}, "fp16": {"f16"}, "tf32": {"tf32"}, "fp32": {"tf32"}}
+MMA = {"bf16": {"bf16"}, "fp16": {"f16"}}
 BATCH = 4096
 
 
@@ -102,7 +102,13 @@ def layout_of(shape: Shape) -> Layout:
     return Layout(n_head, emb_size, emb_size, emb_size)
 
 
-def forward(shape: Shape, precision: str, arch: str, mask: str = "none") -> tuple[Launch, Config]:
+def relu_mask_of(shape: Shape) -> Tensor:
+    return triton_engine.empty_relu_mask(meta(BATCH, shape[0], 1), layout_of(shape))
+
+
+def forward(
+    shape: Shape, precision: str, arch: str, mask: str = "none", training: bool = True
+) -> tuple[Launch, Config]:
     fields, layout, target = shape[0], layout_of(shape), target_of(arch)
     dtype, allow_tf32 = PRECISIONS[precision]
     x, hidden = meta(BATCH, fields, layout.emb_size, dtype=dtype), mask_of(mask, fields)
@@ -111,7 +117,8 @@ def forward(shape: Shape, precision: str, arch: str, mask: str = "none") -> tupl
     config = forward_config(fields, layout, dots, mask_arguments(hidden, x)[0])
     programs = forward_programs(BATCH, fields, layout, config, target)
     projected = meta(programs, projected_size(fields, layout, config), dtype=dtype) if layout.factored else x
-    launch = forward_launch(x, meta(layout.numel), hidden, out, projected, layout, config, target)
+    relu_mask = relu_mask_of(shape) if training and layout.relu else None
+    launch = forward_launch(x, meta(layout.numel), hidden, out, relu_mask, projected, layout, config, target)
     assert launch.grid == (programs,)
     return launch, config
 
@@ -126,15 +133,21 @@ def backward(shape: Shape, precision: str, arch: str, mask: str = "none", needs:
     programs = backward_programs(BATCH, fields, layout, config, target)
     partial, scratch = meta(programs, layout.numel), meta(programs, scratch_size(fields, layout, config))
     projected = meta(programs, projected_size(fields, layout, config), dtype=dtype) if layout.factored else x
-    tensors = (out, x, packed, out, hidden, x, partial, scratch, projected)
+    tensors = (out, x, packed, relu_mask_of(shape), hidden, x, partial, scratch, projected)
     return backward_launch(*tensors, layout, needs, config, target)
 
 
 @functools.cache
 def compiled(direction: str, shape: Shape, precision: str, arch: str, mask: str = "none") -> Binary:
-    if direction == "forward":
-        return compile_launch(forward(shape, precision, arch, mask)[0], arch)
+    """direction: "forward" (as in training, which keeps relu's mask), "inference" or "backward"."""
+    if direction != "backward":
+        return compile_launch(forward(shape, precision, arch, mask, direction == "forward")[0], arch)
     return compile_launch(backward(shape, precision, arch, mask), arch)
+
+
+# Bytes of stack at Criteo's shape, of the resident backward: addresses, for fp32 tensors of more than 32 fields; in 16
+# bits it takes every register there is, and here and there two more.
+SPILLED = {("backward", "tf32"): 64, ("backward", "bf16"): 8}
 
 
 def assert_sound(binary: Binary, arch: str, precision: str, most_stack: int = 0) -> None:
@@ -142,16 +155,31 @@ def assert_sound(binary: Binary, arch: str, precision: str, most_stack: int = 0)
     assert binary.shared <= SHARED_LIMIT[arch]
     if not arch.startswith("sm_"):
         return
+    scaled = binary.name == "forward_scaled"
     assert binary.stack <= most_stack, f"{binary.registers} registers and {binary.stack} bytes of stack"
     assert binary.families == {"mma.sync"}
-    assert {dtype for _, dtype in binary.mma} == MMA[precision]
+    multiplied = {dtype for _, dtype in binary.mma}
+    if precision not in MMA:
+        # Of fp32 tensors the relu mask is added up in fp16, exactly. Resident kernels make fp16 operands of them, and
+        # what is doubted of the forward is multiplied as TF32 once more.
+        assert "f16" in multiplied if scaled else "tf32" in multiplied or binary.name == "backward_resident"
+        assert multiplied <= {"f16", "tf32"}
+    else:
+        assert multiplied == MMA[precision]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("shape", NARROW, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_hopper(direction: str, shape: Shape, precision: str) -> None:
-    assert_sound(compiled(direction, shape, precision, "sm_90"), "sm_90", precision)
+    most_stack = SPILLED["backward", "tf32"] if (direction, precision, shape) == ("backward", "tf32", CRITEO) else 0
+    assert_sound(compiled(direction, shape, precision, "sm_90"), "sm_90", precision, most_stack)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("shape", [CRITEO, (7, 16, 2), (200, 16, 2)], ids=str)
+def test_inference(shape: Shape, precision: str) -> None:
+    assert_sound(compiled("inference", shape, precision, "sm_90"), "sm_90", precision)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -163,16 +191,15 @@ def test_half_precision(direction: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_100", "gfx942"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_other_architectures(direction: str, arch: str, precision: str) -> None:
-    """The resident backward takes every register there is: here and there two more."""
-    most_stack = 8 if (direction, precision) == ("backward", "bf16") else 0
-    assert_sound(compiled(direction, CRITEO, precision, arch), arch, precision, most_stack)
+    assert_sound(compiled(direction, CRITEO, precision, arch), arch, precision, SPILLED.get((direction, precision), 0))
 
 
 @pytest.mark.parametrize("mask", ["keys", "pairs"])
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_masks(direction: str, precision: str, mask: str) -> None:
-    assert_sound(compiled(direction, CRITEO, precision, "sm_90", mask), "sm_90", precision)
+    most_stack = SPILLED["backward", "tf32"] if (direction, precision, mask) == ("backward", "tf32", "keys") else 0
+    assert_sound(compiled(direction, CRITEO, precision, "sm_90", mask), "sm_90", precision, most_stack)
 
 
 @pytest.mark.slow
@@ -206,7 +233,9 @@ def test_other_shapes(direction: str, shape: Shape, precision: str) -> None:
     ids=lambda value: f"{value[0]}-{describe(value[1])}" if isinstance(value, tuple) else value,
 )
 def test_other_layouts(direction: str, shape: Shape, precision: str, mask: str) -> None:
-    assert_sound(compiled(direction, shape, precision, "sm_90", mask), "sm_90", precision)
+    # Of what a row keeps of wide factored layouts, addresses are spilled.
+    most_stack = 40 if (direction, shape[1], precision) == ("forward", WIDE, "fp32") else 0
+    assert_sound(compiled(direction, shape, precision, "sm_90", mask), "sm_90", precision, most_stack)
 
 
 @pytest.mark.slow
@@ -240,7 +269,8 @@ def test_loads_of_x_are_vectorised_where_aligned(direction: str, precision: str)
     widest = 64 if direction == "forward" and precision == "bf16" else 128
     assert any(name.startswith("LDG") and bits >= widest for name, bits in accesses)
     stores = {bits for name, bits in accesses if name.startswith("STG")}
-    assert stores == {widest} if direction == "forward" else max(stores) == widest
+    # Beside the words of the relu mask.
+    assert stores - {16} == {widest} if direction == "forward" else max(stores) == widest
 
 
 def test_unaligned_loads_are_not_assumed_aligned() -> None:

@@ -24,11 +24,12 @@ from autoint_fast.weights import (
     Layout,
 )
 from tests.honest_interpreter import overflow_checks
-from tests.layouts import draw_packed, interact_plainly
+from tests.layouts import draw_packed, interact_plainly, relu_mask_of
 from tests.numerics import EmulatedTF32, assert_close_to_truth
 
 EVERYTHING = NEED_INPUT | NEED_WEIGHTS
 PRECISIONS = {"ieee": torch.float64, "tf32": torch.float32, "tf32x4": torch.float32}
+SCALED = {"fp16": torch.float32, "fp16x2": torch.float32}
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_number_of_launches(launches: list[str]) -> None:
     layer = InteractingLayer(2, 16, backend="triton")
     x = torch.randn(2, 7, 16, requires_grad=True)
     out = layer(x)
-    assert launches == ["fold", "forward_resident"]
+    assert launches == ["fold", "forward_scaled"]
     launches.clear()
     out.sum().backward()
     assert launches == ["backward", "reduce_partial", "unfold"]
@@ -58,7 +59,7 @@ def test_number_of_launches(launches: list[str]) -> None:
     launches.clear()
     with torch.no_grad():
         layer(x)
-    assert launches == ["forward_resident"]
+    assert launches == ["forward_scaled"]
 
 
 def test_frozen_weights_still_give_the_gradient_of_x(launches: list[str]) -> None:
@@ -66,7 +67,7 @@ def test_frozen_weights_still_give_the_gradient_of_x(launches: list[str]) -> Non
     x = torch.randn(2, 3, 8, requires_grad=True)
     launches.clear()
     layer(x).sum().backward()
-    assert launches == ["forward_resident", "backward"]
+    assert launches == ["forward_scaled", "backward"]
 
 
 class Case:
@@ -83,6 +84,7 @@ class Case:
         leaves = [self.x.double().requires_grad_(), self.packed.double().requires_grad_()]
         out = interact_plainly(*leaves, self.mask, self.layout)
         self.out = out.detach()
+        self.relu_mask = relu_mask_of(self.out, self.layout)
         # Where the relu is all but undecided, the sign is a matter of rounding.
         self.grad = torch.randn_like(self.x) * (self.out.abs() > 1e-2)
         self.d_x, self.d_packed = torch.autograd.grad(out, leaves, self.grad.double())
@@ -93,14 +95,18 @@ def assert_near(name: str, ours: Tensor, truth: Tensor, tolerance: float) -> Non
     assert error <= tolerance, f"{name}: error {error:.2e} of the largest value"
 
 
-TOLERANCE = {"ieee": 1e-12, "tf32": 4e-3, "tf32x4": 4e-6}
+TOLERANCE = {"ieee": 1e-12, "tf32": 4e-3, "tf32x4": 4e-6, "fp16": 4e-3, "fp16x2": 4e-6}
+RESIDENT, STREAMED = ("unrolled", "looped", "hoisted"), ("streamed", "wide blocks", "shifted")
 
 
 @pytest.mark.parametrize("mask", ["none", "keys"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kernel", ["unrolled", "looped", "hoisted", "streamed", "wide blocks", "shifted"])
+@pytest.mark.parametrize(
+    ("kernel", "precision"),
+    [(kernel, precision) for kernel in RESIDENT for precision in ("ieee", "tf32", *SCALED)]
+    + [(kernel, precision) for kernel in STREAMED for precision in PRECISIONS],
+)
 def test_forward_cuts(kernel: str, precision: str, mask: str) -> None:
-    case = Case(1, 39, 10, 2, PRECISIONS[precision], mask)
+    case = Case(1, 39, 10, 2, (PRECISIONS | SCALED)[precision], mask)
     config = {
         "unrolled": Config(precision, resident=True, unroll=True),
         "looped": Config(precision, resident=True),
@@ -129,19 +135,22 @@ def every_sample(doubt, PACK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
-@pytest.mark.parametrize(("fields", "resident"), [(7, True), (39, True), (39, False)])
-def test_with_and_without_row_maxima(fields: int, resident: bool, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fields", "precision"),
+    [(7, "fp16x2"), (39, "fp16x2"), (39, "tf32x4"), (7, "fp16"), (39, "fp16"), (7, "tf32"), (39, "tf32")],
+)
+def test_with_and_without_doubt(fields: int, precision: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to the same output, each by force."""
     case = Case(1, fields, 16, 2, torch.float32, "none")
     case.mask = None if mask == "none" else torch.rand(1, fields if mask == "pairs" else 1, fields) < 0.3
     truth = interact_plainly(case.x.double(), case.packed.double(), case.mask, case.layout)
-    config = Config("tf32x4", resident=resident, pack=packed_samples(fields), unroll=True)
+    config = Config(precision, resident=precision != "tf32x4", pack=packed_samples(fields), unroll=True)
     monkeypatch.setattr(triton_streaming, "doubtful_samples", every_sample)
     outs = []
     for certain in (always_certain, never_certain):
         monkeypatch.setattr(triton_streaming, "certain", certain)
         outs.append(triton_engine.interact(case.x, case.packed, case.mask, case.layout, config))
-        assert_near("out", outs[-1], truth, TOLERANCE["tf32x4"])
+        assert_near("out", outs[-1], truth, TOLERANCE[precision])
     assert not torch.equal(*outs)
 
 
@@ -178,8 +187,8 @@ def test_last_keys_of_eight(fields: int, least: int, monkeypatch: pytest.MonkeyP
     """Where a dot over keys may be as short as the last of them, and where Triton is too old for that."""
     monkeypatch.setattr(triton_resident, "LEAST_K", least)
     case = Case(1, fields, 16, 1, torch.float32, "none")
-    out = triton_engine.interact(case.x, case.packed, None, case.layout, Config("tf32x4", resident=True, unroll=True))
-    assert_near("out", out, case.out, TOLERANCE["tf32x4"])
+    out = triton_engine.interact(case.x, case.packed, None, case.layout, Config("tf32", resident=True, unroll=True))
+    assert_near("out", out, case.out, TOLERANCE["tf32"])
 
 
 @pytest.mark.parametrize("output", [MERGED, BARE])
@@ -201,9 +210,8 @@ def test_values_that_overflow_without_row_maxima(fields: int, output: int) -> No
 def test_backward_cuts(rows: int, keys: int, precision: str) -> None:
     case = Case(1, 35, 10, 1, PRECISIONS[precision], "pairs")
     config = Config(precision, rows=rows, keys=keys)
-    out = case.out.to(case.x.dtype)
     d_x, d_packed = triton_engine.interact_backward(
-        case.grad, case.x, case.packed, out, case.mask, case.layout, EVERYTHING, config
+        case.grad, case.x, case.packed, case.relu_mask, case.mask, case.layout, EVERYTHING, config
     )
     assert_near("gradient of x", d_x, case.d_x, TOLERANCE[precision])
     assert_near("gradient of the weights", d_packed, case.d_packed, TOLERANCE[precision])
@@ -218,7 +226,14 @@ def test_packed_samples(fields: int, mask: str) -> None:
         out = triton_engine.interact(case.x, case.packed, case.mask, case.layout, config)
         assert_near("out", out, case.out, TOLERANCE["ieee"])
         d_x, d_packed = triton_engine.interact_backward(
-            case.grad, case.x, case.packed, out, case.mask, case.layout, EVERYTHING, Config("ieee", pack=pack)
+            case.grad,
+            case.x,
+            case.packed,
+            case.relu_mask,
+            case.mask,
+            case.layout,
+            EVERYTHING,
+            Config("ieee", pack=pack),
         )
         assert_near("gradient of x", d_x, case.d_x, TOLERANCE["ieee"])
         assert_near("gradient of the weights", d_packed, case.d_packed, TOLERANCE["ieee"])
@@ -232,10 +247,14 @@ def test_addresses_beyond_32_bits(dimension: int) -> None:
     x = torch.randn(16).as_strided((1, 1, 16), strides)
     case = Case(1, 1, 16, 1, torch.float32, "none")
     with overflow_checks():
-        for config in (Config("tf32x4", resident=True, pack=16, unroll=True), Config("tf32x4")):
+        for config in (
+            Config("tf32", resident=True, pack=16, unroll=True),
+            Config("fp16x2", resident=True, pack=16, unroll=True),
+            Config("tf32x4"),
+        ):
             triton_engine.interact(x, case.packed, None, case.layout, config)
         triton_engine.interact_backward(
-            x, x, case.packed, case.out.float(), None, case.layout, EVERYTHING, Config("tf32x4", pack=16)
+            x, x, case.packed, case.relu_mask, None, case.layout, EVERYTHING, Config("tf32x4", pack=16)
         )
 
 
@@ -283,3 +302,17 @@ def test_tf32_of_numbers_that_lose_nothing(
         plain = interact_plainly(x, packed, None, layout)
     truth = interact_plainly(x.double(), packed.double(), None, layout)
     assert_close_to_truth("out", triton_engine.interact(x, packed, None, layout), plain, truth)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_opcheck(batch: int) -> None:
+    """Of an engine whose backward reads a relu mask, the operator's second result."""
+    layout = Layout(2, 16, 16, 16)
+    leaf = torch.randn(batch, 5, 16).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    packed = draw_packed(layout).requires_grad_()
+    ops = torch.ops.autoint_fast
+    torch.library.opcheck(ops.interact.default, (leaf, packed, None, list(layout), "triton", EVERYTHING))
+    out, relu_mask = ops.interact(leaf.detach(), packed.detach(), None, list(layout), "triton", EVERYTHING)
+    assert torch.equal(relu_mask, relu_mask_of(out, layout))
+    given = (torch.randn_like(out), leaf.detach(), packed.detach(), relu_mask, None, list(layout), "triton", EVERYTHING)
+    torch.library.opcheck(ops.interact_backward.default, given)

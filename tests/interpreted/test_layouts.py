@@ -33,7 +33,7 @@ from autoint_fast.weights import (
 )
 from tests.cases import as_columns, every_other_number, piece_of_cat
 from tests.honest_interpreter import overflow_checks
-from tests.layouts import describe, draw_packed, every_kind, interact_plainly
+from tests.layouts import describe, draw_packed, every_kind, interact_plainly, relu_mask_of
 from tests.numerics import EmulatedTF32, assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -85,7 +85,7 @@ class Case:
         self.x = torch.randn(batch, fields, layout.emb_size).to(dtype)
         self.truth = Run(self.x.double(), self.packed.double(), self.mask, layout)
         self.plain = Run(self.x, self.packed, self.mask, layout, tf32)
-        self.out = triton_engine.interact(self.x, self.packed, self.mask, layout)
+        self.forward()
         assert self.out.dtype == dtype
         self.grad = torch.randn(self.out.shape).to(dtype)
         if layout.relu:
@@ -95,9 +95,18 @@ class Case:
         for run in (self.truth, self.plain):
             run.differentiate(self.grad)
 
+    def forward(self, config: Config | None = None) -> None:
+        self.relu_mask = None
+        if self.layout.relu:
+            # A word that is not written shows.
+            self.relu_mask = triton_engine.empty_relu_mask(self.x, self.layout).fill_(-1)
+        self.out = triton_engine.interact(self.x, self.packed, self.mask, self.layout, config, relu_mask=self.relu_mask)
+        if self.layout.relu:
+            assert torch.equal(self.relu_mask, relu_mask_of(self.out, self.layout))
+
     def backward(self, needs: int = EVERYTHING, config: Config | None = None) -> tuple[Tensor | None, Tensor | None]:
         return triton_engine.interact_backward(
-            self.grad, self.x, self.packed, self.out, self.mask, self.layout, needs, config
+            self.grad, self.x, self.packed, self.relu_mask, self.mask, self.layout, needs, config
         )
 
     def parts(self, packed: Tensor) -> Parts:
@@ -105,7 +114,7 @@ class Case:
 
     def judge(self, config: Config | None = None) -> None:
         if config is not None:
-            self.out = triton_engine.interact(self.x, self.packed, self.mask, self.layout, config)
+            self.forward(config)
         d_x, d_packed = self.backward(config=config)
         assert_close_to_truth("out", self.out, self.plain.out, self.truth.out.detach())
         assert_close_to_truth("gradient of x", d_x, self.plain.d_x, self.truth.d_x)
@@ -240,7 +249,7 @@ def test_addresses_beyond_32_bits(layout: Layout, dimension: int) -> None:
     with overflow_checks():
         for config in (Config("tf32x4"), Config("tf32x4", pack=16)):
             out = triton_engine.interact(x, packed, None, layout, config)
-            triton_engine.interact_backward(x, x, packed, out, None, layout, EVERYTHING, config)
+            triton_engine.interact_backward(x, x, packed, relu_mask_of(out, layout), None, layout, EVERYTHING, config)
 
 
 def test_gradient_columns_beyond_32_bits() -> None:

@@ -19,7 +19,7 @@ from autoint_fast.weights import (
     PROJECTION,
     Layout,
 )
-from tests.layouts import describe, draw_packed, interact_plainly
+from tests.layouts import describe, draw_packed, interact_plainly, relu_mask_of
 from tests.numerics import assert_close_to_truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -44,12 +44,13 @@ class Case:
         leaves = [self.x.clone().requires_grad_(), self.packed.clone().requires_grad_()]
         out = interact_plainly(*leaves, self.mask, layout)
         self.out = out.detach()
+        self.relu_mask = relu_mask_of(self.out, layout)
         self.grad = torch.randn_like(self.out)
         self.truth = torch.autograd.grad(out, leaves, self.grad)
 
     def backward(self, config: Config) -> tuple[Tensor, Tensor]:
         return triton_engine.interact_backward(
-            self.grad, self.x, self.packed, self.out, self.mask, self.layout, EVERYTHING, config
+            self.grad, self.x, self.packed, self.relu_mask, self.mask, self.layout, EVERYTHING, config
         )
 
     def judge(self, config: Config) -> None:
@@ -82,7 +83,8 @@ def test_large_scores_in_single_precision() -> None:
     exact = [t.clone().requires_grad_() for t in (case.x, case.packed)]
     truth = torch.autograd.grad(interact_plainly(*exact, None, case.layout), exact, grad.double())
     config = Config("ieee", resident=True)
-    ours = triton_engine.interact_backward(grad, x, packed, out.detach(), None, case.layout, EVERYTHING, config)
+    relu_mask = relu_mask_of(out, case.layout)
+    ours = triton_engine.interact_backward(grad, x, packed, relu_mask, None, case.layout, EVERYTHING, config)
     for name, values in zip(("gradient of x", "gradient"), zip(ours, plain, truth, strict=True), strict=True):
         assert_close_to_truth(name, *values)
 
@@ -104,7 +106,10 @@ def test_same_bits_however_many_programs_there_were_before() -> None:
         (40, LAYOUTS[0], "ieee", MASK_NONE, False),
         (39, LAYOUTS[1], "ieee", MASK_NONE, False),
         (32, LAYOUTS[1], "ieee", MASK_NONE, True),
-        (39, LAYOUTS[0], "tf32", MASK_NONE, False),
+        (39, LAYOUTS[0], "tf32", MASK_KEYS, True),
+        (39, LAYOUTS[0], "tf32", MASK_PAIRS, False),
+        (40, LAYOUTS[0], "tf32", MASK_NONE, False),
+        (32, LAYOUTS[0], "tf32x4", MASK_NONE, False),
         (39, Layout(2, 16, 8, 16, 1, BARE, PROJECTION), "ieee", MASK_NONE, False),
         (39, Layout(2, 16, 16, 64, 0, CONCATENATED, PROJECTION), "ieee", MASK_NONE, False),
     ],
