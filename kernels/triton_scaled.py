@@ -8,7 +8,8 @@ leading bits and the rest, for fp32's own accuracy.
 The maxima of rows are subtracted here: P in fp16 has no room to do without, and the same fma undoes the scaling.
 
 What this cannot do, `doubt` leaves to `recompute`: x or weights out of the range of the scales, a run of four columns
-so far below the largest of its sample that it loses bits, rows that see no key, and whatever is not finite.
+so far below the largest of its sample that it loses bits, rows that see no key, and whatever is not finite. Where keys
+pad a tile, they count among the maxima, at 0: so rows of scores that are all far below that are computed once more.
 """
 
 import triton
@@ -28,7 +29,6 @@ from .triton_math import (
     load_block,
     load_rows,
     load_vector,
-    own_keys,
     quad_order,
     right_operand,
     to_quads,
@@ -38,6 +38,7 @@ from .triton_unshifted import (
     doubt_sums,
     no_doubt,
     ones_of,
+    own_samples,
     scales_of_rows,
     start_scores,
     sums_of_rows,
@@ -170,7 +171,6 @@ def _attend(
     starts,  # NB tiles [16, 16 or 8]
     head,
     scales,  # of q, of c as it is added to that, and of the scores, which undoes both
-    F: tl.constexpr,
     PACK: tl.constexpr,
     PRECISION: tl.constexpr,
     LIVE: tl.constexpr,
@@ -184,11 +184,8 @@ def _attend(
     scores = ()
     for k in tl.static_range(len(keys)):
         score = multiply_halves(q, keys[k], starts[k], RESTS=False)
-        # A key that pads a tile scores 0, which may be far above the maximum of those that exist.
         if PACK > 1:
-            score = tl.where(own_keys(rows, rows, F, PACK), score, NEG_INF)
-        elif k * BLOCK + score.shape[1] > F:
-            score = tl.where((k * BLOCK + tl.arange(0, score.shape[1]) < F)[None, :], score, NEG_INF)
+            score = tl.where(own_samples(rows, rows, PACK)[0], score, NEG_INF)
         scores = scores + (score,)
     shift = TOP_P - _row_maxima(scores) * scale_s
     live = tl.arange(0, BLOCK)[:, None] < LIVE
@@ -271,14 +268,12 @@ def _forward_rows(
     if HOIST:
         for h in tl.static_range(H):
             y, doubt = _attend(
-                y, doubt, x_left, rows, keys, values, ones, starts, heads[h], scales, F, PACK, PRECISION, LIVE
+                y, doubt, x_left, rows, keys, values, ones, starts, heads[h], scales, PACK, PRECISION, LIVE
             )  # fmt: skip
     else:
         for h in tl.range(H):
             head = _scaled_head(weights, h, scale_a, scale_m, E, H, O, PRECISION)
-            y, doubt = _attend(
-                y, doubt, x_left, rows, keys, values, ones, starts, head, scales, F, PACK, PRECISION, LIVE
-            )
+            y, doubt = _attend(y, doubt, x_left, rows, keys, values, ones, starts, head, scales, PACK, PRECISION, LIVE)
     y = tl.fma(y, tl.broadcast_to(scale_y, (BLOCK, BLOCK)), tl.broadcast_to(b[None, :], (BLOCK, BLOCK)))
     store_output(y, outputs, rows, 0, 0, (), tile, batch, F, O, O, PACK, RELU, 4, True)
     return doubt

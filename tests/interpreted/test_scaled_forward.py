@@ -115,14 +115,3 @@ def test_weights_that_are_no_numbers(part: str, precision: str) -> None:
     plain, out = interact_plainly(x, packed, None, LAYOUT), interact(x, packed, precision)
     assert torch.equal(out.isnan(), plain.isnan())
     assert torch.allclose(out[plain.isfinite()], plain[plain.isfinite()], rtol=0.0, atol=2e-2)
-
-
-@pytest.mark.parametrize("fields", [5, 20, 39])
-def test_keys_that_pad_a_tile_do_not_count(fields: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They score 0, far above the maximum of scores that are all negative."""
-    x, packed = 1.0 + 0.3 * torch.randn(2, fields, 16), draw_packed(LAYOUT).float()
-    parts = LAYOUT.parts(packed)
-    parts.a.copy_(-torch.eye(16).repeat(1, 2).reshape(parts.a.shape))
-    parts.c.zero_()
-    judge(x, packed, "fp16x2")
-    assert redone(x, packed, "fp16x2", monkeypatch) == [False, False]
