@@ -59,8 +59,8 @@ def load_output_gradient(
     grad, relu_mask, rows, first, zero, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr,
     WIDTH: tl.constexpr, HEAD_OUT: tl.constexpr, PACK: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """dy = grad where the relu let it pass, its columns from `first` on as chunks of WIDTH [R, 16]: of a head's own
-    HEAD_OUT, or all."""
+    """dy = grad where the relu let it pass (as in torch, a NaN does), its columns from `first` on as chunks of WIDTH
+    [R, 16]: of a head's own HEAD_OUT, or all."""
     words: tl.constexpr = relu_words(O, HEAD_OUT)
     of_head: tl.constexpr = (HEAD_OUT + BLOCK - 1) // BLOCK
     run: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth
