@@ -318,7 +318,7 @@ def _flag(text: str) -> FlagReader:
         return lambda warp: constant
 
     def read(warp: _Warp) -> Flag:
-        value = warp.flags[number]
+        value = warp.flag(number)
         return value if value is None or not negated else ~value
 
     return read
@@ -340,8 +340,8 @@ def _source(text: str) -> Reader:
         if "|" in text:
             return lambda warp: None
         if not sign:
-            return lambda warp: warp.values[number]
-        return lambda warp: _signed(sign, warp.values[number])
+            return lambda warp: warp.value(number)
+        return lambda warp: _signed(sign, warp.value(number))
     if match := _CONSTANT.fullmatch(text):
         sign, offset = match[1], int(match[2], 16)
         return lambda warp: _signed(sign, warp.bank.get(offset))
@@ -475,13 +475,28 @@ def _bytes_of_half(text: str) -> int:
 _Action = Callable[["_Warp", NDArray[np.bool_]], "dict[int, NDArray[np.bool_]] | None"]
 
 
+class _Partly(NamedTuple):
+    """What a register or a predicate holds where it is known in some lanes only."""
+
+    numbers: NDArray[Any]
+    known: NDArray[np.bool_]
+
+
 def _merged(before: Any, value: Any, lanes: NDArray[np.bool_] | None) -> Any:
-    """What is there after `value` was written in these lanes."""
-    if value is None or lanes is None:
+    """What is there after `value` was written in these lanes: as a `Value`, or `_Partly`."""
+    if lanes is None:
         return None
     if lanes is _ALL or lanes.all():
         return value
-    return None if before is None else np.where(lanes, value, before)
+    numbers, known = before if isinstance(before, _Partly) else (before, _NONE if before is None else _ALL)
+    if value is None:
+        known = known & ~lanes
+    else:
+        known = known | lanes
+        numbers = value if numbers is None else np.where(lanes, value, numbers)
+    if known.all():
+        return numbers
+    return _Partly(numbers, known) if known.any() else None
 
 
 class _Warp:
@@ -493,8 +508,10 @@ class _Warp:
         self.binary, self.bank, self.memory, self.trace, self.arms = binary, bank, memory, trace, arms
         self.program, self.thread = program, _LANE + np.uint32(LANES * warp)
         # What nobody has written may be anything: programs set single bits of such registers, and read only those.
-        self.values: list[Value] = [_ZERO] * (2 * _UNIFORM)
-        self.flags: list[Flag] = [_NONE] * 16
+        self.values: list[Value | _Partly] = [_ZERO] * (2 * _UNIFORM)
+        self.flags: list[Flag | _Partly] = [_NONE] * 16
+        # The lanes that do the instruction at hand.
+        self.active = _ALL
         self.local: dict[int, Value] = {}
         self.calls: list[int] = []
         self.choices: Counter[int] = Counter()
@@ -512,6 +529,7 @@ class _Warp:
             place = min(groups)
             lanes = groups.pop(place)
             issued[place] += 1
+            self.active = lanes
             onward = code[place].action(self, lanes)
             if onward is None:
                 onward = {place + 1: lanes}
@@ -523,6 +541,19 @@ class _Warp:
             raise Endless(self.binary.name, address, trace.branches)
         for place, count in issued.items():
             trace.issued[code[place].instruction.opcode] += count
+
+    def value(self, number: int) -> Value:
+        """What the active lanes read in a register."""
+        return self._known(self.values[number])
+
+    def flag(self, number: int) -> Flag:
+        """Likewise of a predicate."""
+        return self._known(self.flags[number])
+
+    def _known(self, held: Any) -> Any:
+        if isinstance(held, _Partly):
+            return None if (self.active & ~held.known).any() else held.numbers
+        return held
 
     def write(self, number: int | None, value: Value, lanes: NDArray[np.bool_] | None) -> None:
         """In these lanes; None: unknown which."""
@@ -582,7 +613,7 @@ def _code(binary: Binary) -> list[_Step]:
     if cached is None:
         code, labels = binary.code
         places = {instruction.address: place for place, instruction in enumerate(code)}
-        cached = [_Step(i, _action(i, place, labels, places)) for place, i in enumerate(code)]
+        cached = [_Step(i, _action(i, place, code, labels, places)) for place, i in enumerate(code)]
         vars(binary)["_steps"] = cached
     return cached  # type: ignore[no-any-return]
 
@@ -593,11 +624,17 @@ _NOTHING = re.compile(
 )
 
 
-def _action(instruction: Instruction, place: int, labels: Mapping[str, int], places: Mapping[int, int]) -> _Action:
+def _action(
+    instruction: Instruction,
+    place: int,
+    code: Sequence[Instruction],
+    labels: Mapping[str, int],
+    places: Mapping[int, int],
+) -> _Action:
     """What the instruction does, its guard applied."""
     name, operands = instruction.name, _operands(instruction.operands)
     if name in ("BRA", "EXIT", "CALL", "RET", "KILL", "JMP", "BRX", "BRXU"):
-        return _jump(instruction, operands, place, labels, places)
+        return _jump(instruction, operands, place, code, labels, places)
     if _NOTHING.fullmatch(name):
         return lambda warp, lanes: None
     body = _body(instruction, operands)
@@ -617,10 +654,13 @@ def _action(instruction: Instruction, place: int, labels: Mapping[str, int], pla
             return
         active = condition & lanes
         if active.any():
+            warp.active = active
             body(warp, _ALL if active.all() else active, active)
 
     return guarded
 
+
+_LABEL = re.compile(r"`\((.+)\)")
 
 # (warp, lanes that write registers or None where that hangs on data, lanes that access memory)
 _Body = Callable[["_Warp", "NDArray[np.bool_] | None", NDArray[np.bool_]], None]
@@ -635,11 +675,12 @@ def _jump(
     instruction: Instruction,
     operands: list[str],
     place: int,
+    code: Sequence[Instruction],
     labels: Mapping[str, int],
     places: Mapping[int, int],
 ) -> _Action:
     name, opcode = instruction.name, instruction.opcode
-    label = re.search(r"`\((.+)\)", instruction.operands)
+    label = _LABEL.search(instruction.operands)
     target = places.get(labels.get(label[1], -1)) if label else None
     if opcode.startswith("BRA.DIV"):
         return lambda warp, lanes: None
@@ -649,6 +690,11 @@ def _jump(
     texts += [operand for operand in operands if _is_flag(operand)]
     conditions = [_flag(text) for text in texts]
     subroutine = name == "CALL" and label is not None and label[1].startswith("$")
+    # A loop ends with a jump back, or with one out of it past a jump back.
+    repeats = target is not None and target <= place
+    after = code[place + 1] if place + 1 < len(code) else instruction
+    back = _LABEL.fullmatch(after.operands.strip()) if (after.opcode, after.guard) == ("BRA", "") else None
+    leaves = not (repeats or subroutine or back is None or places.get(labels.get(back[1], -1), place + 1) > place)
 
     def go(warp: _Warp, lanes: NDArray[np.bool_]) -> dict[int, NDArray[np.bool_]]:
         taken: Flag = lanes
@@ -656,9 +702,9 @@ def _jump(
             value = condition(warp)
             taken = None if taken is None or value is None else taken & value
         if taken is None:
-            if target is not None and target <= place:
+            if repeats or leaves:
                 warp.trace.loops.add(instruction.address)
-                taken = _NONE
+                taken = lanes if leaves else _NONE
             else:
                 # Leaving early is for what does not exist, never for what was loaded.
                 taken = lanes if name != "EXIT" and warp.arm(instruction) else _NONE
@@ -967,8 +1013,8 @@ def _shuffle(s: _Sources) -> _Result:
 
 
 def _to_uniform(s: _Sources) -> _Result:
-    a = s.values[0]
-    return ((None if a is None else np.full(LANES, a[0], np.uint32)),), ()
+    a, first = s.values[0], int(s.warp.active.argmax())
+    return ((None if a is None else np.full(LANES, a[first], np.uint32)),), ()
 
 
 # Each with the modifiers it knows; with any other, the result is unknown.
@@ -1044,7 +1090,7 @@ def _flags_to_register(modifiers: Sequence[str], operands: Sequence[str]) -> _Bo
     def body(warp: _Warp, lanes: NDArray[np.bool_] | None, active: NDArray[np.bool_]) -> None:
         value = source(warp)
         for bit in range(7):
-            flag = warp.flags[bit]
+            flag = warp.flag(bit)
             if not mask >> bit & 1 or value is None:
                 continue
             place = np.uint32(1 << (bit + shift))
@@ -1112,7 +1158,7 @@ def _memory_access(instruction: Instruction, operands: Sequence[str]) -> _Body:
                 if name == "LDL":
                     warp.write(registers[i], warp.local.get(place) if certain else None, lanes)
                 elif certain:
-                    warp.local[place] = _ZERO if first is None else warp.values[first + i]
+                    warp.local[place] = _ZERO if first is None else warp.value(first + i)
                 else:
                     warp.local.clear()
 

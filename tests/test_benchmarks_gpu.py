@@ -276,6 +276,57 @@ def test_guarded_results_are_of_some_lanes() -> None:
     assert not checked(body.replace("@P1", "@!P1"))
 
 
+PARTLY = """
+    S2R R0, SR_TID.X
+    LDC.64 R2, c[0x0][0x210]
+    LDG.E.64 R4, desc[UR4][R2.64]
+    ISETP.NE.AND P1, PT, R4, RZ, PT
+    ISETP.LT.AND P0, PT, R0, 0x5, PT
+    @!P0 BRA `(.L_others)
+    LEA R4, P1, R0, R2, 0x2
+    LEA.HI.X R5, R0, R3, RZ, 0x2, P1
+    STG.E desc[UR4][R4.64], R0
+    .L_others:
+    STG.E desc[UR4][R4.64], R0
+    EXIT
+"""
+
+
+def test_what_some_lanes_wrote_is_known_to_them() -> None:
+    """Registers and carries that held data before; where all lanes read them, they are unknown as ever."""
+    trace = sass.follow(program(PARTLY, "*fp32"), launch(meta(100)))
+    assert trace.written == {0: 5 * 4} and trace.unknown == 1
+    few = PARTLY.replace("@!P0 BRA `(.L_others)", "@!P0 EXIT")
+    assert sass.follow(program(few, "*fp32"), launch(meta(100))).unknown == 0
+
+
+def test_what_some_lanes_loaded_is_known_to_the_others() -> None:
+    code = """
+        S2R R0, SR_TID.X
+        LDC.64 R2, c[0x0][0x210]
+        ISETP.LT.AND P0, PT, R0, 0x5, PT
+        IMAD R4, R0, 0x4, RZ
+        @P0 LDG.E R4, desc[UR4][R2.64]
+        @!P0 STS [R4], R0
+        @P0 STS [R4], R0
+        EXIT
+    """
+    trace = sass.follow(program(code, "*fp32"), launch(meta(100)))
+    assert trace.unknown == 1 and trace.wavefronts == 2
+
+
+def test_uniform_registers_take_what_an_active_lane_has() -> None:
+    code = """
+        S2R R0, SR_TID.X
+        ISETP.LT.AND P0, PT, R0, 0x5, PT
+        @P0 EXIT
+        R2UR UR4, R0
+        MOV R8, UR4
+        ISETP.EQ.AND P0, PT, R8, 0x5, PT
+    """
+    assert checked(code)
+
+
 GUARDED_SOFTMAX = """
     LDC.64 R2, c[0x0][0x210]
     LDG.E R0, desc[UR4][R2.64]
@@ -342,13 +393,24 @@ def test_a_long_division_is_not_ordinary() -> None:
     assert quick.issued["CALL.REL.NOINC"] == 0 and slow.issued["MUFU.RCP"] == slow.issued["EXIT"] == 1
 
 
-def test_a_loop_that_data_ends_is_noticed() -> None:
-    code = """
+@pytest.mark.parametrize(
+    "end",
+    [
+        "@P0 BRA `(.L_again)",
+        "@!P0 BRA `(.L_out)\nBRA `(.L_again)",
+        "@!P0 CALL.REL.NOINC `(.L_out)\nBRA `(.L_again)",
+        "@!P0 EXIT\nBRA `(.L_again)",
+    ],
+)
+def test_a_loop_that_data_ends_is_noticed(end: str) -> None:
+    """By a jump back, or out of it past a jump back."""
+    code = f"""
         LDC.64 R2, c[0x0][0x210]
         .L_again:
         LDG.E R0, desc[UR4][R2.64]
         ISETP.NE.AND P0, PT, R0, RZ, PT
-        @P0 BRA `(.L_again)
+        {end}
+        .L_out:
         EXIT
     """
     ((arms, trace),) = sass.ordinary_arms(program(code, "*fp32"), launch(meta(8)))
@@ -361,6 +423,7 @@ LEAVES = """
     LDG.E R0, desc[UR4][R2.64]
     ISETP.NE.AND P0, PT, R0, RZ, PT
     @P0 BRA `(.L_out)
+    MUFU.EX2 R1, R1
     BRA `(.L_again)
     .L_out:
     EXIT
