@@ -251,7 +251,7 @@ def main(arguments: Sequence[str], parser: argparse.ArgumentParser) -> int:
             written.append(options.out / PICTURE)
             draw(shape, models, moved, written[-1])
         if options.json:
-            options.json.write_text(json.dumps(_as_json(shape, found, models, moved, measured), indent=1) + "\n")
+            options.json.write_text(json.dumps(_as_json(shape, by_mode, models, moved, measured), indent=1) + "\n")
             written.append(options.json)
     except OSError as error:
         parser.error(str(error))
@@ -492,7 +492,7 @@ def _measured_table(shape: Shape, rows: Sequence[Measured]) -> Table:
 
 def _as_json(
     shape: Shape,
-    found: Mapping[tuple[str, str], Sequence[Kernel]],
+    by_mode: Mapping[str, Mapping[tuple[str, str], Sequence[Kernel]]],
     models: Sequence[Modelled],
     moved: Sequence[Moved],
     measured: Sequence[Measured],
@@ -502,7 +502,8 @@ def _as_json(
         "torch": str(torch.__version__),
         "triton": triton.__version__,
         "counted": [
-            {"precision": precision, **gpu_figures.as_json(kernel)}
+            {"precision": precision, "mode": mode, **gpu_figures.as_json(kernel)}
+            for mode, found in by_mode.items()
             for (precision, _), kernels in found.items()
             for kernel in kernels
         ],

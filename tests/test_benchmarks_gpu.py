@@ -751,9 +751,9 @@ def test_launches_that_come_or_go_are_noticed() -> None:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled: every call makes the launches from above."""
 
-    def kernels(shape: Shape, precision: str, arch: str, *args: Any, **options: Any) -> list[Kernel]:
+    def kernels(shape: Shape, precision: str, arch: str, *args: Any, training: bool) -> list[Kernel]:
         spilled = {"stack": 16, "ways": [142.0, 181.0], "unknown": 2.5} if arch == "sm_80" else {}
-        return [dataclasses.replace(k, arch=arch, **spilled) for k in CALL]
+        return [dataclasses.replace(k, arch=arch, **spilled) for k in CALL if training or not k.backward]
 
     monkeypatch.setattr(gpu_figures, "kernels", kernels)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -798,7 +798,16 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     found = json.loads(file.read_text())
     assert found["shape"]["fields"] == 5 and found["measured"] == []
-    assert len(found["counted"]) == 2 * 2 * len(CALL) and len(found["modelled"]) == 2 * 3 * 2
+    counted = [(row["precision"], row["arch"], row["mode"], row["name"]) for row in found["counted"]]
+    calls = {TRAINING: [k.name for k in CALL], FORWARD: [k.name for k in CALL if not k.backward]}
+    assert sorted(counted) == sorted(
+        (precision, arch, mode, name)
+        for precision in ("bf16", "tf32")
+        for arch in ("sm_90", "sm_80")
+        for mode in (TRAINING, FORWARD)
+        for name in calls[mode]
+    )
+    assert len(found["modelled"]) == 2 * 3 * 2
     assert found["counted"][1]["pipes"]["mufu"] == 40 and found["counted"][1]["instructions"] == 142
     names = {row["name"] for row in found["traffic"]}
     assert names >= {"ours", "reference", "sdpa", "sdpa-fused"}
