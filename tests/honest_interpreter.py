@@ -9,6 +9,9 @@ It also ignores `input_precision`. After `install()`:
   core does (Triton hands it the raw bits); "ieee" and "tf32x3" multiply them as they are;
 - any other bf16 arithmetic raises; loads, stores, `where` and changes of shape only move the bits, and work.
 
+It is also several times as fast: out of the box, every call of a device function patches the whole of the kernel
+language, which takes longer than most such functions do. Here each module's is patched once per launch.
+
 All of it patches private classes, so `install()` first checks that they are as in Triton 3.3 to 3.9.
 """
 
@@ -54,6 +57,7 @@ def install() -> None:
     InterpreterBuilder.create_fp_to_fp = _honest_fp_to_fp(InterpreterBuilder.create_fp_to_fp)
     InterpreterBuilder.get_bf16 = lambda self, value: _cast(self, self.get_fp32(value), tl.bfloat16)
     InterpreterBuilder.create_dot = _honest_dot(InterpreterBuilder.create_dot)
+    interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
     InterpreterBuilder._honest = True
 
 
@@ -90,7 +94,32 @@ def _surprises() -> list[str]:
         found.append("reductions have no check_tensor")
     if not hasattr(interpreter._ir.INPUT_PRECISION, "TF32"):
         found.append("there is no INPUT_PRECISION.TF32")
+    if list(inspect.signature(getattr(interpreter, "_patch_lang", len)).parameters) != ["fn"]:
+        found.append("_patch_lang does not take ['fn']")
     return found
+
+
+def _once_per_launch(patch_lang: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`patch_lang`, but doing nothing for a function whose module's names for the language are patched already."""
+    patched: set[int] = set()
+
+    @functools.wraps(patch_lang)
+    def patch(fn: Any) -> Any:
+        if id(fn.__globals__) in patched:
+            return None
+        scope = patch_lang(fn)
+        if hasattr(scope, "restore"):
+            restore = scope.restore
+
+            def restore_all() -> None:
+                patched.clear()
+                restore()
+
+            scope.restore = restore_all
+        patched.add(id(fn.__globals__))
+        return scope
+
+    return patch
 
 
 def _is_bf16(value: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from tests.honest_interpreter import install, overflow_checks
@@ -75,6 +76,20 @@ def _arithmetic(x, out, OP: tl.constexpr, N: tl.constexpr):
         v = tl.associative_scan(v, 0, tl.standard._sum_combine)
     elif OP == "atomic":
         tl.atomic_add(out + i, v)
+    tl.store(out + i, v)
+
+
+@triton.jit
+def _doubled(v):
+    return v + v
+
+
+@triton.jit
+def _device_calls(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    v = tl.load(x + i)
+    for _ in tl.static_range(5):
+        v = _doubled(v)
     tl.store(out + i, v)
 
 
@@ -251,6 +266,23 @@ def test_int32_overflow_is_found_only_inside() -> None:
         with pytest.raises(Exception, match="int32 overflow detected"):
             _strided_store[(1,)](out, stride, WIDE=False)
     _strided_store[(1,)](out, stride, WIDE=False)
+
+
+def test_a_module_is_patched_once_per_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched: list[object] = []
+    patch = interpreter._patch_builtin
+
+    def noted(package: object, *rest: object) -> None:
+        patched.append(package)
+        patch(package, *rest)
+
+    monkeypatch.setattr(interpreter, "_patch_builtin", noted)
+    for _ in range(2):
+        x, out = random(N), torch.empty(N)
+        patched.clear()
+        run(_device_calls, x, out)
+        assert torch.equal(out, 32 * x)
+        assert patched.count(tl) <= 1
 
 
 def test_install_twice_changes_nothing() -> None:
