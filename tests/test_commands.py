@@ -155,12 +155,15 @@ def test_non_finite_loss(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_interrupted_and_resumed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", str(data), f"--out={tmp_path / 'run'}", *OPTIONS, "--checkpoint-every=1"]
+    # What a shell runs in the background ignores interrupts, and its children would.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "autoint_fast", *command, "--epochs=100000", "--patience=100000"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     try:
         until = time.monotonic() + 120
         while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < until:
