@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -376,16 +375,6 @@ EVERY = tuple(
 )
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, Future[Path]]:
-    """The usual variants, two being compiled at a time."""
-    root = tmp_path_factory.mktemp("sanitizers")
-    pool = ThreadPoolExecutor(2)
-    futures = {variant: pool.submit(variant.compile, root / str(variant)) for variant in USUAL}
-    pool.shutdown(wait=False)
-    return futures
-
-
 def require(sanitizers: str, folder: Path) -> None:
     """Skips where the compiler or the system lacks the sanitizers."""
     empty = folder / "empty.cpp"
@@ -406,11 +395,11 @@ def check(program: Path, through: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.parametrize("variant", USUAL, ids=str)
-def test_odd_shapes(variant: Variant, programs: dict[Variant, Future[Path]], tmp_path: Path) -> None:
+def test_odd_shapes(variant: Variant, tmp_path: Path) -> None:
     """Odd shapes, strides and masks, forward and backward: every access in bounds, all that is read was written."""
     require(variant.sanitizers, tmp_path)
     try:
-        program = programs[variant].result()
+        program = variant.compile(tmp_path / "program")
     except subprocess.CalledProcessError as error:
         pytest.fail(f"does not compile:\n{error.stderr[-6000:]}", pytrace=False)
     check(program)
