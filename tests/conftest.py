@@ -1,9 +1,12 @@
-"""What all tests share: folders with a process of their own, memory that shows what was not written."""
+"""What all tests share: which of them run where and when, memory that shows what was not written."""
 
 from __future__ import annotations
 
 import collections
+import importlib.util
+import itertools
 import os
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -12,9 +15,11 @@ import torch
 
 pytest.register_assert_rewrite("tests.numerics", "tests.suite")
 
-# The interpreter is switched on before the first kernel is decorated, and a process that interprets cannot
-# compile. test_processes.py runs these folders; naming one on the command line runs it too.
-collect_ignore = ["interpreted", "compiled"]
+# A process interprets all kernels or compiles them: Triton's interpreter is switched on before the first is decorated.
+# test_processes.py runs the folder in a process of its own; naming it on the command line runs it too.
+collect_ignore = ["interpreted"]
+if sys.platform != "linux" or importlib.util.find_spec("triton") is None:
+    collect_ignore.append("compiled")
 
 # Tests are small: beside another process on the same cores, OpenMP threads would mostly spin for one another.
 torch.set_num_threads(1)
@@ -43,12 +48,19 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, each at the head of a worker's first share, as pytest-xdist deals them out."""
-    long = [item for item in items if item.path.name == "test_processes.py"]
-    items[:] = [item for item in items if item.path.name != "test_processes.py"]
-    share = len(items) // (4 * int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-    for i, item in enumerate(long):
-        items.insert(i * share + i, item)
+    """What takes long comes first, at the heads of the workers' first shares, as pytest-xdist deals them out."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share = len(items) // (4 * workers)
+    long, short = [], []
+    for item in items:
+        (long if item.path.name == "test_processes.py" or item.path.parent.name == "compiled" else short).append(item)
+    long.sort(key=lambda item: item.path.name != "test_processes.py")
+    rest = iter(short)
+    items.clear()
+    for worker in range(workers):
+        head = long[worker::workers]
+        items += [*head, *itertools.islice(rest, max(0, share - len(head)))]
+    items += rest
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,5 +1,4 @@
-"""Tests that need a process of their own: Triton's interpreter is on or off for a whole process, and one that
-interprets cannot compile."""
+"""Tests that need a process of their own: Triton's interpreter is on or off for a whole process."""
 
 from __future__ import annotations
 
@@ -19,25 +18,18 @@ pytestmark = [
 ]
 
 
-FOLDERS = {
-    "interpreted": {"TRITON_INTERPRET": "1"},  # the kernels, run by Triton's interpreter on the CPU
-    "compiled": {},  # the kernels, compiled for GPUs that need not be there
-}
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_folder(folder: str) -> None:
-    """Fails with what a pytest of its own printed."""
-    others = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+def test_interpreted_kernels() -> None:
+    """The folder of that name; fails with what a pytest of its own printed."""
+    others = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
     variables = {name: value for name, value in os.environ.items() if name not in others}
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"tests/{folder}"],
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "tests/interpreted"],
         cwd=ROOT,
-        env={**variables, **FOLDERS[folder]},
+        env={**variables, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
     if child.returncode != 0:
-        pytest.fail(f"pytest tests/{folder} ended with {child.returncode}:\n{child.stdout}", pytrace=False)
+        pytest.fail(f"pytest tests/interpreted ended with {child.returncode}:\n{child.stdout}", pytrace=False)

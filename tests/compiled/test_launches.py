@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -46,18 +47,12 @@ from tests.layouts import describe
 # F, and the plain layer's E and H; or F and any layout.
 Shape = tuple[int, int, int] | tuple[int, Layout]
 CRITEO: Shape = (39, 16, 2)
-NARROW = [
-    CRITEO,
-    (24, 16, 2),
-    (22, 16, 2),
-    (13, 16, 2),
-    (7, 16, 2),
-    (64, 16, 2),
-    (100, 16, 2),
-    (200, 16, 2),
-    (300, 16, 2),
-]
+NARROW = [CRITEO, (24, 16, 2), (13, 16, 2), (7, 16, 2), (64, 16, 2), (200, 16, 2)]
 OTHERS = [
+    # Cut into blocks like 24 and 200 fields.
+    (22, 16, 2),
+    (100, 16, 2),
+    (300, 16, 2),
     (39, 10, 2),
     (39, 40, 2),
     (39, 16, 1),
@@ -187,10 +182,21 @@ def test_half_precision(direction: str) -> None:
     assert_sound(compiled(direction, CRITEO, "fp16", "sm_90"), "sm_90", "fp16")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_100", "gfx942"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_other_architectures(direction: str, arch: str, precision: str) -> None:
+# Code for sm_86 and sm_89 differs from that for sm_80 in the last step alone, so each direction and precision is
+# compiled for one of them.
+ARCHITECTURES = [
+    *itertools.product(("sm_80", "sm_100", "gfx942"), ("forward", "backward"), ("bf16", "tf32", "fp32")),
+    ("sm_86", "forward", "tf32"),
+    ("sm_86", "backward", "bf16"),
+    ("sm_86", "backward", "fp32"),
+    ("sm_89", "forward", "bf16"),
+    ("sm_89", "forward", "fp32"),
+    ("sm_89", "backward", "tf32"),
+]
+
+
+@pytest.mark.parametrize(("arch", "direction", "precision"), ARCHITECTURES)
+def test_other_architectures(arch: str, direction: str, precision: str) -> None:
     assert_sound(compiled(direction, CRITEO, precision, arch), arch, precision, SPILLED.get((direction, precision), 0))
 
 

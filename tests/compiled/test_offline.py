@@ -1,6 +1,6 @@
 """The static figures of compiled launches, on kernels small enough to know what they must be.
 
-The process must not have TRITON_INTERPRET set: one that interprets cannot compile.
+A process that interprets kernels (TRITON_INTERPRET=1) cannot compile them.
 """
 
 from __future__ import annotations
