@@ -44,6 +44,10 @@ class Engine(Protocol):
 
     def empty_relu_mask(self, x: Tensor, layout: Layout) -> Tensor | None: ...
 
+    def interacting(
+        self, packed: Tensor, layout: Layout, n_fields: int, dtype: torch.dtype
+    ) -> Callable[[Tensor, Tensor | None], Tensor]: ...
+
     def interact(
         self, x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout, *, relu_mask: Tensor = ...
     ) -> Tensor: ...
@@ -87,6 +91,21 @@ def surroundings() -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return "torch.jit.trace" if torch.jit.is_tracing() else None
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a call with x is eager code that nothing differentiates, records, transforms or casts."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or x.is_neg()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
 
 
 def preference(call: Call) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import dispatch, op
 from .reference import attention_probabilities, interaction_reference
 from .validation import check_dtype, check_input, check_mask, check_parameters
-from .weights import InteractingParameters, Interaction, Layout, choose_layout, row_by_row
+from .weights import InteractingParameters, Interaction, Kind, Layout, choose_layout, row_by_row
 
 
 def _choose(
@@ -66,16 +66,28 @@ class _LastCall:
     """
 
     def __init__(self, interaction: Interaction, is_constant: bool) -> None:
-        self.constant = interaction if is_constant else None
-        self.seen = _seen(interaction)
-        # What `choose` was asked, and its answer; the folded weights, and what tells whether they still hold. Each is
-        # replaced as a whole, as another thread may be asking for something else.
+        self.constant = interaction.parameters if is_constant else None
+        self.seen = _seen(interaction.parameters, interaction.kind)
+        # What `choose` was asked, and its answer; the folded weights, and what tells whether they still hold; what the
+        # last call that `is_plain` was asked, the same of its weights, and what gave its output. Each is replaced as a
+        # whole, as another thread may be asking for something else.
         self.chosen: tuple[tuple[Any, ...], tuple[Layout, str, Callable[[], Tensor] | None]] | None = None
         self.folded: tuple[_Folded, Callable[[], bool]] | None = None
+        self.ran: tuple[tuple[Any, ...], Callable[[], bool], Callable[[Tensor, Tensor | None], Tensor]] | None = None
 
-    def holds(self, interaction: Interaction) -> bool:
+    def holds(self, tensors: Sequence[Tensor | None], kind: Kind) -> bool:
         """Whether the layer is what it was, and its parameters lie where they lay: then only values can differ."""
-        return interaction is self.constant or self.seen == _seen(interaction)
+        return tensors is self.constant or self.seen == _seen(tensors, kind)
+
+    def again(
+        self, x: Tensor, backend: str, form: str, tensors: Sequence[Tensor | None], kind: Kind
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """What gives the output for x and a mask where a call that `is_plain` asks what the last such call asked."""
+        if self.ran is None or not self.holds(tensors, kind):
+            return None
+        asked, weights_hold, run = self.ran
+        _, n_fields, width = x.shape
+        return run if asked == (n_fields, width, x.dtype, x.device, backend, form) and weights_hold() else None
 
     def choose(
         self, interaction: Interaction, n_fields: int, dtype: torch.dtype, backend: str, form: str
@@ -91,23 +103,28 @@ class _LastCall:
             self.chosen = chosen = asked, (layout, engine, folding)
         return chosen[1]
 
-    def weights(self, interaction: Interaction, layout: Layout, backend: str) -> Tensor:
-        """The folded weights, folded anew where the values of the parameters have changed."""
+    def weights(self, interaction: Interaction, layout: Layout, backend: str) -> tuple[Tensor, Callable[[], bool]]:
+        """The folded weights, anew where the values of the parameters have changed, and what tells if they hold."""
         folded = self.folded
         # The values are compared, as `.data.mul_()` moves no version counter.
         if folded is None or not folded[1]():
             copy = _Folded(interaction)
             comparison = dispatch.ENGINES[backend].comparison(copy.interaction.parameters, interaction.parameters)
             self.folded = folded = copy, comparison
-        return folded[0].weights(layout, backend)
+        return folded[0].weights(layout, backend), folded[1]
 
 
-def _seen(interaction: Interaction) -> tuple[Any, ...]:
+def _always() -> bool:
+    return True
+
+
+def _seen(tensors: Sequence[Any], kind: Kind) -> tuple[Any, ...]:
     """What a layer is but for the values of its parameters; their dtype is one, as `check_parameters` has seen."""
-    p = interaction.parameters
     # Of a contiguous tensor that fits a layer of this width, the number of elements tells the shape, which is slower.
-    places = [t if t is None else (t.data_ptr(), t.numel(), t.is_contiguous() or (t.shape, t.stride())) for t in p]
-    return interaction.n_head, interaction.scale, interaction.residual, interaction.relu, p.w_q.dtype, places
+    places = [
+        t if t is None else (t.data_ptr(), t.numel(), t.is_contiguous() or (t.shape, t.stride())) for t in tensors
+    ]
+    return kind, type(tensors[0]), tensors[0].dtype, places
 
 
 class Fused(nn.Module):
@@ -133,6 +150,11 @@ class Fused(nn.Module):
         """What the layer computes, with its tensors as they are now."""
         raise NotImplementedError
 
+    def _described(self) -> tuple[Sequence[Tensor | None], Kind]:
+        """What `interaction` puts together, which takes time that a call like the last one need not spend."""
+        interaction = self.interaction()
+        return interaction.parameters, interaction.kind
+
     def layout(self, n_fields: int) -> Layout:
         """How the layer is computed on samples of so many fields."""
         return choose_layout(self.interaction(), n_fields, self.form)
@@ -152,14 +174,21 @@ class Fused(nn.Module):
         frozen = self._frozen
         if frozen is not None:
             interaction = frozen.interaction
-        elif interaction is None:
-            interaction = self.interaction()
+        tensors, kind = self._described() if interaction is None else (interaction.parameters, interaction.kind)
+        plain = not return_attention and dispatch.is_plain(x)
+        last = self._last if plain else None
+        if last is not None:
+            run = last.again(x, self.backend, self.form, tensors, kind)
+            if run is not None:
+                return run(x, mask)
+        if interaction is None:
+            interaction = Interaction(InteractingParameters(*tensors), *kind)  # type: ignore[arg-type]
         p = interaction.parameters
         inside = dispatch.surroundings()
         last, is_new = None, False
         if inside is None and not op.through_library(x, p.w_q):
             last = self._last
-            if last is None or not last.holds(interaction):
+            if last is None or not last.holds(tensors, kind):
                 last, is_new = _LastCall(interaction, frozen is not None), True
         if (last is None or is_new) and frozen is None:
             check_parameters(interaction, self.parameter_names)
@@ -181,13 +210,16 @@ class Fused(nn.Module):
         x = x if x.dtype == dtype else x.to(dtype)
         packed = None
         if frozen is not None:
-            packed = frozen.weights(layout, backend)
+            packed, weights_hold = frozen.weights(layout, backend), _always
         elif last is not None and not is_new and p.w_q.is_cpu and not torch.is_grad_enabled():
-            packed = last.weights(interaction, layout, backend)
+            packed, weights_hold = last.weights(interaction, layout, backend)
         if packed is None or last is None or torch.is_grad_enabled():
             out = op.interact(x, interaction, layout, mask, backend, packed, folding)
         else:
             out = op.interact_constant(x, packed, layout, mask, backend)
+            if plain:
+                asked = (n_fields, width, dtype, x.device, self.backend, self.form)
+                last.ran = asked, weights_hold, dispatch.ENGINES[backend].interacting(packed, layout, n_fields, dtype)
         if not return_attention:
             return out
         return out, attention_probabilities(x, interaction, mask).transpose(0, 1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import dispatch
 from .fused import Fused
-from .reference import ReferenceInteractingLayer
+from .projections import read_projections
+from .reference import PROJECTIONS, ReferenceInteractingLayer
 from .validation import check_input, check_mask
-from .weights import Layout, layout_of
+from .weights import Kind, Layout, layout_of
 
 
 class InteractingLayer(ReferenceInteractingLayer, Fused):
@@ -58,6 +61,9 @@ class InteractingLayer(ReferenceInteractingLayer, Fused):
         """
         check_input(x, self.emb_size)
         return self.fused(x, check_mask(mask, x), return_attention)
+
+    def _described(self) -> tuple[Sequence[Tensor | None], Kind]:
+        return read_projections(self, PROJECTIONS), (self.n_head, self.scale, "projection", True)
 
     def layout(self, n_fields: int) -> Layout:
         # The weights need not be read for it.

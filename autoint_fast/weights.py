@@ -46,6 +46,10 @@ class InteractingParameters(NamedTuple):
     b_r: Tensor | None  # [O]
 
 
+# What kind of layer an Interaction is: its n_head, scale, residual and relu.
+Kind = tuple[int, float, str, bool]
+
+
 @dataclass(slots=True)
 class Interaction:
     """One interacting layer, described by its tensors and its kind.
@@ -70,6 +74,11 @@ class Interaction:
     residual: str
     relu: bool = True
     dropout: float = 0.0
+
+    @property
+    def kind(self) -> Kind:
+        """n_head, scale, residual and relu."""
+        return self.n_head, self.scale, self.residual, self.relu
 
 
 class Parts(NamedTuple):

@@ -177,11 +177,36 @@ class _Shape:
         self.spec = _spec(dtype, n_fields, layout)
         self.argument = _SHAPE.pack(n_fields, *layout)
         self.operations = operations(layout, n_fields)
+        self.out_size = layout.out_size
         self.taken = 0.0
         self.building: native_build.Building | None = None
+        self.settled, self.library = False, _library(dtype)
+        self.settle()
+
+    def settle(self) -> None:
+        """Takes the shape's own build, if it is there."""
         own = native_build.find(self.spec)
-        self.settled = own is not None
-        self.library = _library(dtype) if own is None else _Library(own)
+        if own is not None:
+            self.settled, self.library = True, _Library(own)
+
+    def forward(self, packed: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """As `interact`."""
+        batch, fields, _ = x.shape
+        out = x.new_empty(batch, fields, self.out_size)
+        if not (batch and fields):
+            return out
+        operations = batch * self.operations
+        # One by one, as to build a tuple of what comes in tuples shows in the time of a call of one sample.
+        sb, sf, se = x.stride()
+        masked, mb, mq, mk = _mask_arguments(mask)
+        threads, address = _threads(operations), _address(x)
+        numbers = _FORWARD.pack(
+            batch, threads, _parallel(), address, sb, sf, se, packed.data_ptr(), masked, mb, mq, mk, out.data_ptr()
+        )
+        self.library.forward(self.argument + numbers)
+        if not self.settled:
+            self.count(operations)
+        return out
 
     def count(self, operations: float) -> None:
         """Notes work done; starts a build once there was enough of it, and takes it when it is there."""
@@ -221,7 +246,9 @@ def build(n_fields: int, layout: Layout, dtype: torch.dtype) -> list[Path]:
     """
     paths = [native_build.build(_spec(dtype)), native_build.build(_spec(dtype, n_fields, layout))]
     with _lock:
-        _shapes.pop((n_fields, layout, dtype), None)
+        shape = _shapes.get((n_fields, layout, dtype))
+        if shape is not None:
+            shape.settle()
     return paths
 
 
@@ -353,25 +380,16 @@ def empty_relu_mask(x: Tensor, layout: Layout) -> Tensor | None:
     return None
 
 
+def interacting(
+    packed: Tensor, layout: Layout, n_fields: int, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """As `torch_engine.interacting`."""
+    return functools.partial(_shape(n_fields, layout, dtype).forward, packed)
+
+
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """As `torch_engine.interact`."""
-    batch, fields, _ = x.shape
-    out = x.new_empty(batch, fields, layout.out_size)
-    if out.numel() == 0:
-        return out
-    shape = _shape(fields, layout, x.dtype)
-    operations = batch * shape.operations
-    # One by one, as to build a tuple of what comes in tuples shows in the time of a call of one sample.
-    sb, sf, se = x.stride()
-    masked, mb, mq, mk = _mask_arguments(mask)
-    threads, address = _threads(operations), _address(x)
-    numbers = _FORWARD.pack(
-        batch, threads, _parallel(), address, sb, sf, se, packed.data_ptr(), masked, mb, mq, mk, out.data_ptr()
-    )
-    shape.library.forward(shape.argument + numbers)
-    if not shape.settled:
-        shape.count(operations)
-    return out
+    return _shape(x.shape[1], layout, x.dtype).forward(packed, x, mask)
 
 
 def interact_backward(

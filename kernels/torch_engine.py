@@ -441,6 +441,13 @@ def empty_relu_mask(x: Tensor, layout: Layout) -> Tensor | None:
     return None
 
 
+def interacting(
+    packed: Tensor, layout: Layout, n_fields: int, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`interact` as a function of x and the mask, for x of so many fields and of this dtype."""
+    return lambda x, mask: interact(x, packed, mask, layout)
+
+
 @_plain_torch
 def interact(x: Tensor, packed: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """x (B, F, E), packed folded weights, mask of 3 dimensions or None -> (B, F, O) in x's dtype."""

@@ -136,6 +136,13 @@ def empty_relu_mask(x: Tensor, layout: Layout) -> Tensor | None:
     return x.new_empty(*x.shape[:2], heads * -(-layout.head_out // 16), dtype=torch.int16)
 
 
+def interacting(
+    packed: Tensor, layout: Layout, n_fields: int, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """As `torch_engine.interacting`."""
+    return lambda x, mask: interact(x, packed, mask, layout)
+
+
 def interact(
     x: Tensor,
     packed: Tensor,

@@ -100,7 +100,7 @@ class Native(SimpleNamespace):
 
     def __init__(self, *, compiler: bool = True) -> None:
         names = ("unsupported", "prepare", "comparison", "folding", "fold", "fold_backward", "interact")
-        names += ("empty_relu_mask", "interact_backward")
+        names += ("interacting", "empty_relu_mask", "interact_backward")
         super().__init__(**{name: getattr(torch_engine, name) for name in names})
         self.compiler, self.built = compiler, list[Build]()
 

@@ -115,6 +115,7 @@ def test_the_layer_runs_what_why_says(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare=real.prepare,
         comparison=real.comparison,
         folding=real.folding,
+        interacting=real.interacting,
         fold=real.fold,
         interact=lambda *arguments: (ran.append("torch"), real.interact(*arguments))[1],
     )
