@@ -839,6 +839,8 @@ void forward_one(const Forward& call, int64_t sample) {
             project_rows(call.w.v, v);
         });
         keys = head_operands(s, k, s.f, s.d, 1), values = head_operands(s, v, 1, s.f, s.d);
+    } else if (std::is_same_v<Element, Real> && call.x.dense(s.e)) {
+        keys = values = (const Real*)x;
     } else {
         Real* fields = (Real*)pieces.take(vectors(s.f * s.e));
         for (int64_t f = 0; f < s.f; ++f)
