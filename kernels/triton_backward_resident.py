@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_backward import load_output_gradient, sees_a_key
-from .triton_halves import halves, power_of_two
+from .triton_halves import halves, multiply_halves, power_of_two
 from .triton_math import (
     BARE,
     BLOCK,
@@ -23,6 +23,7 @@ from .triton_math import (
     _constant,
     block_pointers,
     finite,
+    from_quads,
     hide,
     load_block,
     load_ceiling,
@@ -30,9 +31,11 @@ from .triton_math import (
     load_vector,
     own_keys,
     poison,
+    quad_order,
     row_offsets,
     row_reference,
     row_scale,
+    to_quads,
 )
 from .triton_unshifted import across_rows, ones_of, sums_of_rows
 
@@ -83,50 +86,68 @@ def _operand(t, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _side_by_side(s, t):
-    """s and t [R, C] as [R, 2 C]."""
-    return tl.reshape(tl.permute(tl.join(s, t), (0, 2, 1)), (s.shape[0], 2 * s.shape[1]))
+def _transposed(parts):
+    """The transposes of parts [16, 16]: for a product, the right operand that a thread has of it.
 
-
-@triton.jit
-def _one_above_other(s, t):
-    """s and t [R, C] as [2 R, C]."""
-    return tl.reshape(tl.permute(tl.join(s, t), (2, 0, 1)), (2 * s.shape[0], s.shape[1]))
-
-
-@triton.jit
-def _product(a, b, acc, TURN_A: tl.constexpr = False, TURN_B: tl.constexpr = False):
-    """acc + a b of operands, all but the product of their rests, or of their transposes.
-
-    The two products of a rest are one dot: a transpose with one dot to go to takes the short way there, through shared
-    memory.
+    `tl.trans` would be sent through shared memory. After this it brings a product there as it is, with fewer
+    instructions than the shuffles that make it a right operand else.
     """
-    left, right = a[0], b[0]
-    if len(a) + len(b) > 2:
-        if len(b) == 1:
-            crossed = b[0]
-        else:
-            crossed = b[1]
-        if len(a) == 1:
-            rest = a[0]
-        else:
-            rest = a[1]
+    turned = ()
+    for k in tl.static_range(len(parts)):
+        t = tl.permute(tl.reshape(parts[k], (BLOCK, 2, 8)), (1, 2, 0))
+        turned = turned + (tl.reshape(t, (BLOCK, BLOCK)),)
+    return turned
+
+
+@triton.jit
+def _exchanged(parts):
+    """Parts [16, 16], rows 2 and 8, 3 and 9, 6 and 12, 7 and 13 exchanged.
+
+    Two operands of a sum over rows may have theirs in any order, if in the same. In this one the compiler sends them
+    through shared memory, which is two instructions for a transpose; in the natural order, by a dozen of shuffles.
+    """
+    exchanged = ()
+    for k in tl.static_range(len(parts)):
+        t = tl.permute(tl.reshape(parts[k], (2, 2, 2, 2, parts[k].shape[1])), (2, 1, 0, 3, 4))
+        exchanged = exchanged + (tl.reshape(t, (BLOCK, parts[k].shape[1])),)
+    return exchanged
+
+
+@triton.jit
+def _product(
+    a, b, acc, PRECISION: tl.constexpr, TURN_A: tl.constexpr = False, TURN_B: tl.constexpr = False,
+    RESTS: tl.constexpr = False,
+):  # fmt: skip
+    """acc + a b of operands, or of their transposes. RESTS: as for `multiply_halves`."""
+    if PRECISION == "ieee":
+        left, right = a[0], b[0]
         if TURN_A:
-            both_left = tl.trans(_one_above_other(left, rest))
-        else:
-            both_left = _side_by_side(left, rest)
+            left = tl.trans(left)
         if TURN_B:
-            both_right = tl.trans(_side_by_side(crossed, right))
-        else:
-            both_right = _one_above_other(crossed, right)
-        if len(a) + len(b) == 3:
-            return tl.dot(both_left, both_right, acc, input_precision="ieee", out_dtype=acc.dtype)
-        acc = tl.dot(both_left, both_right, acc, input_precision="ieee", out_dtype=acc.dtype)
-    if TURN_A:
-        left = tl.trans(left)
-    if TURN_B:
-        right = tl.trans(right)
-    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
+            right = tl.trans(right)
+        return tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
+    elif TURN_A:
+        rows = _exchanged(a)
+        left = ()
+        for k in tl.static_range(len(rows)):
+            left = left + (tl.trans(rows[k]),)
+        return multiply_halves(left, _exchanged(b), acc, RESTS)
+    elif TURN_B:
+        return multiply_halves(a, _transposed(b), acc, RESTS)
+    else:
+        return multiply_halves(a, b, acc, RESTS)
+
+
+@triton.jit
+def _in_quads(parts, PRECISION: tl.constexpr):
+    """Parts [R, 16] of fp32 tensors, their columns in the order `quad_order`."""
+    if PRECISION == "ieee":
+        return parts
+    else:
+        renamed = ()
+        for k in tl.static_range(len(parts)):
+            renamed = renamed + (to_quads(parts[k]),)
+        return renamed
 
 
 @triton.jit
@@ -207,18 +228,29 @@ def _add(pointers, t, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(pointer, block, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """pointer[:ROWS, :COLUMNS] += block [16, 16] of a row-major matrix.
+def _accumulate(
+    pointer, block, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, QUAD_ROWS: tl.constexpr = False,
+    QUAD_COLUMNS: tl.constexpr = False,
+):  # fmt: skip
+    """pointer[:ROWS, :COLUMNS] += block [16, 16] of a row-major matrix. QUAD: in the order `quad_order`.
 
-    In pairs of columns, which are a load and a store of the thread that has them, with no way through shared memory.
+    In pairs of columns, or in fours, which are a load and a store of the thread that has them, with no way through
+    shared memory.
     """
     i = tl.arange(0, BLOCK)
-    j = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
-    halves = _halves(block)
-    for k in tl.static_range(2):
-        pointers = block_pointers(pointer, 0, k * 8, i, j, stride)
-        inside = (i[:, None] < ROWS) & (j[None, :] < COLUMNS - k * 8)
-        _add(pointers, halves[k], inside, ROWS % BLOCK != 0 or COLUMNS % BLOCK != 0)
+    if QUAD_ROWS:
+        i = quad_order(i)
+    masked: tl.constexpr = ROWS % BLOCK != 0 or COLUMNS % BLOCK != 0
+    if QUAD_COLUMNS:
+        j = tl.arange(0, BLOCK)
+        inside = (i[:, None] < ROWS) & (j[None, :] < COLUMNS)
+        _add(block_pointers(pointer, 0, 0, i, j, stride), from_quads(block), inside, masked)
+    else:
+        j = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+        halves = _halves(block)
+        for k in tl.static_range(2):
+            pointers = block_pointers(pointer, 0, k * 8, i, j, stride)
+            _add(pointers, halves[k], (i[:, None] < ROWS) & (j[None, :] < COLUMNS - k * 8), masked)
 
 
 @triton.jit
@@ -232,18 +264,36 @@ def _accumulate_sums(pointer, sums, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _accumulate_vector(pointer, vector, SIZE: tl.constexpr):
+    """pointer[:SIZE] += vector [16]."""
+    i = tl.arange(0, BLOCK)
+    _add(pointer + i, vector, i < SIZE, SIZE % BLOCK != 0)
+
+
+@triton.jit
 def _load_output_tiles(
     grad, relu_mask, first, nought, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr,
     WIDTH: tl.constexpr, HEAD_OUT: tl.constexpr, NB: tl.constexpr, PACK: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dy of a head, or of all, as tiles [16, 16]."""
     d_y = ()
     for k in tl.static_range(NB):
         rows = k * BLOCK + tl.arange(0, BLOCK)
-        d_y = d_y + load_output_gradient(
+        d_y_k = load_output_gradient(
             grad, relu_mask, rows, first, nought, tile, batch, d_sb, d_sf, d_so, F, O, WIDTH, HEAD_OUT, PACK, RELU
         )
+        d_y = d_y + _in_quads(d_y_k, PRECISION)
     return d_y
+
+
+@triton.jit
+def _order(i, PRECISION: tl.constexpr):
+    """The order of columns of x, dy and what is made of them."""
+    if PRECISION == "ieee":
+        return i
+    else:
+        return quad_order(i)
 
 
 @triton.jit
@@ -257,11 +307,14 @@ def _load_head(
     No score exceeds |x|^2 |a_h| + |x| |c_h|, with Frobenius' norm of a_h.
     """
     i = tl.arange(0, BLOCK)
-    a = load_block(weights + h * D, 0, 0, i, i, H * D, E, D)
-    c = load_vector(weights + E * H * D + h * D, 0, i, D)
+    order = _order(i, PRECISION)
+    block = load_block(weights + h * D, 0, 0, order, i, H * D, E, D)
+    c = load_vector(weights + E * H * D + h * D, 0, order, D)
+    a = _in_quads((block,), PRECISION)[0]
     m = a
     if OUTPUT != BARE:
-        m = load_block(weights + AT_M + h * D * HEAD_OUT, 0, 0, i, i, HEAD_OUT, D, HEAD_OUT)
+        m = load_block(weights + AT_M + h * D * HEAD_OUT, 0, 0, order, i, HEAD_OUT, D, HEAD_OUT)
+        m = _in_quads((m,), PRECISION)[0]
     safe = SAFE_SCORE
     if DTYPE.is_fp16():
         safe = SAFE_SCORE_FP16
@@ -273,7 +326,7 @@ def _load_head(
         natural = ((a * LN2).to(DTYPE),)
         natural_c = c * LN2
     else:
-        natural, natural_c = a_operand, c
+        natural, natural_c = _operand(block, a_scale, DTYPE, PRECISION), c
     return a_operand, c, natural, natural_c, _operand(m, w_scale, DTYPE, PRECISION), longest_safe
 
 
@@ -288,20 +341,6 @@ def _known(t, nought, ROWS: tl.constexpr, COLUMNS: tl.constexpr = 16):
     if COLUMNS < BLOCK:
         t = tl.where((tl.arange(0, BLOCK) < COLUMNS)[None, :], t, nought)
     return t
-
-
-@triton.jit
-def _transposed(parts):
-    """The transposes of parts [16, 16]: for a product, the right operand that a thread has of it.
-
-    `tl.trans` would be sent through shared memory. After this it brings a product there as it is, with fewer
-    instructions than the shuffles that make it a right operand else.
-    """
-    turned = ()
-    for k in tl.static_range(len(parts)):
-        t = tl.permute(tl.reshape(parts[k], (BLOCK, 2, 8)), (1, 2, 0))
-        turned = turned + (tl.reshape(t, (BLOCK, BLOCK)),)
-    return turned
 
 
 @triton.jit
@@ -381,24 +420,23 @@ def _differentiate_columns(
     ones = (tl.full((BLOCK, ONES), 1.0, dtype),)
     into_z, _, _ = _factors(PRECISION)
     factor, product_unit = _common(x_unit * y_unit, PACK, PRECISION)
-    bias_factor, bias_unit = _common(y_unit, PACK, PRECISION)
     d_y_tiles = ()
     d_y_factors = ()
     for k in tl.static_range(len(d_y)):
         d_y_tiles = d_y_tiles + (_operand(d_y[k], y_scale, dtype, PRECISION),)
         d_y_factors = d_y_factors + (_operand(d_y[k], y_scale * factor, dtype, PRECISION),)
     if NEED_INPUT and RESIDUAL == PROJECTION:
-        r = load_block(weights + AT_R + first_out, 0, 0, i, i, O, E, HEAD_OUT)
-        r = _operand(r, w_scale * into_z, dtype, PRECISION)
+        r = load_block(weights + AT_R + first_out, 0, 0, _order(i, PRECISION), i, O, E, HEAD_OUT)
+        r = _operand(_in_quads((r,), PRECISION)[0], w_scale * into_z, dtype, PRECISION)
         added = ()
         for k in tl.static_range(len(d_x)):
-            added = added + (_product(d_y_tiles[k], r, d_x[k], False, True),)
+            added = added + (_product(d_y_tiles[k], r, d_x[k], PRECISION, False, True),)
         d_x = added
     if NEED_RESIDUAL and RESIDUAL == PROJECTION:
         d_r = tl.zeros((BLOCK, BLOCK), acc)
         for k in tl.static_range(len(d_y)):
-            d_r = _product(x_tiles[k], d_y_factors[k], d_r, True)
-        _accumulate(partial + AT_R + first_out, d_r * product_unit, O, E, HEAD_OUT)
+            d_r = _product(x_tiles[k], d_y_factors[k], d_r, PRECISION, True)
+        _accumulate(partial + AT_R + first_out, d_r * product_unit, O, E, HEAD_OUT, scaled, scaled)
     if NEED_BIAS:
         d_b = tl.zeros((BLOCK, ONES), acc)
         d_g = d_b
@@ -407,13 +445,14 @@ def _differentiate_columns(
             for k in tl.static_range(len(ceilings)):
                 top = tl.maximum(top, tl.where((k * BLOCK + i < F)[None, :], ceilings[k], NEG_INF))
             sees = tl.max(top, 1) > NEG_INF
-        sum_b = tl.zeros((BLOCK, BLOCK), acc)
-        sum_g = sum_b
+        if scaled:
+            d_b = tl.zeros((BLOCK, BLOCK), acc)
+            d_g = d_b
         for k in tl.static_range(len(d_y)):
             if scaled:
-                sum_b += d_y[k]
+                d_b += d_y[k]
             else:
-                d_b = _product((tl.trans(d_y[k]),), ones, d_b)
+                d_b = _product((d_y[k],), ones, d_b, PRECISION, True)
             if MASK != MASK_NONE:
                 rows = k * BLOCK + i
                 if MASK == MASK_KEYS and PACK == 1:
@@ -422,20 +461,26 @@ def _differentiate_columns(
                     seen = sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
                 seen_k = tl.where(seen[:, None], d_y[k], 0.0).to(d_y[k].dtype)
                 if scaled:
-                    sum_g += seen_k
+                    d_g += seen_k
                 else:
-                    d_g = _product((tl.trans(seen_k),), ones, d_g)
-        if scaled:
-            # The bias's gradient is a sum, not a product: all its bits count.
-            bias_scale = y_scale * bias_factor * 0.25
-            d_b = _product(halves(sum_b * bias_scale, "fp16x2"), ones, d_b, True)
-            d_g = _product(halves(sum_g * bias_scale, "fp16x2"), ones, d_g, True)
-            bias_unit *= 4.0
+                    d_g = _product((seen_k,), ones, d_g, PRECISION, True)
         if MASK == MASK_NONE:
             d_g = d_b
-        _accumulate_sums(partial + AT_B + first_out, d_b * bias_unit, HEAD_OUT)
-        _accumulate_sums(partial + AT_B + O + first_out, d_g * bias_unit, HEAD_OUT)
+        if scaled:
+            # A sum, not a product: all bits of fp32 count.
+            _accumulate_vector(partial + AT_B + first_out, tl.sum(from_quads(d_b), 0), HEAD_OUT)
+            _accumulate_vector(partial + AT_B + O + first_out, tl.sum(from_quads(d_g), 0), HEAD_OUT)
+        else:
+            _accumulate_sums(partial + AT_B + first_out, d_b, HEAD_OUT)
+            _accumulate_sums(partial + AT_B + O + first_out, d_g, HEAD_OUT)
     return d_y_tiles, d_y_factors, d_x
+
+
+@triton.jit
+def _after(t, other, nought):
+    """fp32 t, not before `other` is there."""
+    bits = t.to(tl.int32, bitcast=True) | (other.to(tl.int32, bitcast=True) & nought)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -452,6 +497,7 @@ def _differentiate_head(
     head,
     longest,  # the largest |x|^2
     h,
+    nought,
     partial,
     mask,
     tile,
@@ -512,13 +558,16 @@ def _differentiate_head(
             tl.debug_barrier()
         rows = r * BLOCK + i
         start = _known(tl.broadcast_to(c[None, :] * c_scale, (BLOCK, BLOCK)), nothing, LAST if r == nb - 1 else BLOCK)
-        q = _product(x_tiles[r], a, start)
+        if scaled and r > 0:
+            for k in tl.static_range(nb):
+                start = _after(start, d_x[k], nought)
+        q = _product(x_tiles[r], a, start, PRECISION, RESTS=True)
         q = _operand(_known(q * q_scale, q, LAST if r == nb - 1 else BLOCK), 1.0, dtype, PRECISION)
         plain = ()
         scores = ()
         for k in tl.static_range(nb):
             keys = k * BLOCK + i
-            s = _product(q, x_tiles[k], nothing, False, True)
+            s = _product(q, x_tiles[k], nothing, PRECISION, False, True, True)
             plain = plain + (s,)
             if MASK == MASK_PAIRS:
                 ceiling = load_ceiling(mask, rows, keys, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
@@ -544,8 +593,8 @@ def _differentiate_head(
                 p_k = tl.where(own_keys(rows, k * BLOCK + i, F, PACK), p_k, 0.0)
             p = p + (p_k,)
             p_right = p_right + (_operand(p_k, 1.0, dtype, PRECISION),)
-            total = _product(p_right[k], (ones[k],), total)
-            z = _product(p_right[k], values[k], z)
+            total = _product(p_right[k], (ones[k],), total, PRECISION)
+            z = _product(p_right[k], values[k], z, PRECISION)
         scale = across_rows(row_scale(_known(sums_of_rows(total), 1.0, LAST if r == nb - 1 else BLOCK), MASK, EXACT))
         z = _known(z * scale, z, LAST if r == nb - 1 else BLOCK)
         if PACK > 1:
@@ -553,71 +602,85 @@ def _differentiate_head(
         if scaled:
             tl.debug_barrier()
         if into_values:
-            d_m = _product(_operand(z, 1.0, dtype, PRECISION), d_y_factors[r], d_m, True)
+            d_m = _product(_operand(z, 1.0, dtype, PRECISION), d_y_factors[r], d_m, PRECISION, True)
         if through_head:
             if OUTPUT == BARE:
                 d_z = _sum_of(d_y[r], acc) * w_scale
             else:
-                d_z = _product(d_y[r], m, nothing, False, True)
+                d_z = _product(d_y[r], m, nothing, PRECISION, False, True)
             d_z = _known(d_z * (scale * into_z), d_z, LAST if r == nb - 1 else BLOCK)
             d_z_tile = _operand(d_z, 1.0, dtype, PRECISION)
             if NEED_INPUT:
                 d_z_right = _finite(d_z_tile, PACK, acc)
                 added = ()
                 for k in tl.static_range(nb):
-                    added = added + (_product(p_right[k], d_z_right, d_x[k], True),)
+                    added = added + (_product(p_right[k], d_z_right, d_x[k], PRECISION, True),)
                 d_x = added
-            if PRECISION != "fp16x2":
-                # delta must come from the very dz that it is compared with.
-                d_z = d_z_tile[0].to(acc)
-            delta = tl.sum(d_z * z, 1)[:, None]
-            delta *= into_s
             if scaled:
                 tl.debug_barrier()
+            d_p = ()
+            for k in tl.static_range(nb):
+                d_p = d_p + (_product(d_z_tile, x_tiles[k], nothing, PRECISION, False, True),)
+            if scaled:
+                # Of what it is subtracted from, so that a row of dS sums to zero.
+                weighted = tl.zeros((BLOCK, BLOCK), acc)
+                for k in tl.static_range(nb):
+                    product = p[k] * d_p[k]
+                    if PACK > 1:
+                        product = tl.where(own_keys(rows, k * BLOCK + i, F, PACK), product, 0.0)
+                    weighted += product
+                delta = tl.sum(weighted, 1)[:, None] * (scale * into_s)
+            else:
+                # delta must come from the very dz that it is compared with.
+                delta = tl.sum(d_z_tile[0].to(acc) * z, 1)[:, None]
             d_q = nothing
             d_s = ()
             for k in tl.static_range(nb):
                 if F == 1:
                     d_s_k = p[k] * 0.0  # the softmax of one key is constant
                 else:
-                    d_p = _product(d_z_tile, x_tiles[k], nothing, False, True)
                     d_s_k = _known(
-                        p[k] * (d_p * into_s - delta),
-                        d_p,
+                        p[k] * (d_p[k] * into_s - delta),
+                        d_p[k],
                         LAST if r == nb - 1 else BLOCK,
                         LAST if k == nb - 1 else BLOCK,
                     )
                 if PACK > 1:
                     d_s_k = tl.where(own_keys(rows, k * BLOCK + i, F, PACK), d_s_k, 0.0)
                 d_s = d_s + (_operand(d_s_k, 1.0, dtype, PRECISION),)
-                d_q = _product(d_s[k], values[k], d_q)
+                d_q = _product(d_s[k], values[k], d_q, PRECISION)
             d_q = _known(d_q * into_q, d_q, LAST if r == nb - 1 else BLOCK)
             d_q_tile = _operand(d_q, 1.0, dtype, PRECISION)
             if NEED_SCORES:
                 d_a_tile = _operand(d_q, d_a_factor, dtype, PRECISION)
                 d_c_tile = _operand(d_q, d_c_factor, dtype, PRECISION)
-                d_a = _product(x_tiles[r], _transposed(d_a_tile), d_a, True, True)
-                d_c = _product(d_c_tile, ones_right, d_c, True)
+                if scaled:
+                    d_a = _product(x_tiles[r], d_a_tile, d_a, PRECISION, True)
+                else:
+                    d_a = _product(x_tiles[r], _transposed(d_a_tile), d_a, PRECISION, True, True)
+                d_c = _product(d_c_tile, ones_right, d_c, PRECISION, True)
             if scaled:
                 tl.debug_barrier()
             if NEED_INPUT:
-                # Transposed from the start: it is a right operand then, and loses log2(e) without a multiplication.
-                start = tl.broadcast_to(natural_c[:, None] * _by_columns(c_scale, PACK, PRECISION), (BLOCK, BLOCK))
-                start = _known(start, nothing, BLOCK, LAST if r == nb - 1 else BLOCK)
-                q_t = _product(natural_a, x_tiles[r], start, True, True)
-                q_t = _operand(q_t, _by_columns(q_scale, PACK, PRECISION), dtype, PRECISION)
-                q_right = _transposed(_finite(q_t, PACK, acc))
+                if scaled:
+                    q_right = _finite(q, PACK, acc)
+                else:
+                    # Transposed from the start: it is a right operand then, and loses log2(e) without a multiplication.
+                    start = tl.broadcast_to(natural_c[:, None], (BLOCK, BLOCK))
+                    start = _known(start, nothing, BLOCK, LAST if r == nb - 1 else BLOCK)
+                    q_t = _product(natural_a, x_tiles[r], start, PRECISION, True, True)
+                    q_right = _transposed(_finite((q_t.to(dtype),), PACK, acc))
                 added = ()
                 for k in tl.static_range(nb):
                     d_x_k = d_x[k]
                     if scaled:
-                        d_x_k += _product(d_s[k], q_right, nothing, True) * key_factor
+                        d_x_k += _product(d_s[k], q_right, nothing, PRECISION, True) * key_factor
                     else:
-                        d_x_k = _product(d_s[k], q_right, d_x_k, True)
+                        d_x_k = _product(d_s[k], q_right, d_x_k, PRECISION, True)
                     if k == r and scaled:
-                        d_x_k += _product(d_q_tile, natural_a, nothing, False, True) * query_factor
+                        d_x_k += _product(d_q_tile, natural_a, nothing, PRECISION, False, True) * query_factor
                     elif k == r:
-                        d_x_k = _product(d_q_tile, natural_a, d_x_k, False, True)
+                        d_x_k = _product(d_q_tile, natural_a, d_x_k, PRECISION, False, True)
                     added = added + (d_x_k,)
                 d_x = added
     if NEED_SCORES:
@@ -627,10 +690,10 @@ def _differentiate_head(
         else:
             d_a *= LN2
             d_c *= LN2
-        _accumulate(partial + h * D, d_a, H * D, E, D)
+        _accumulate(partial + h * D, d_a, H * D, E, D, scaled)
         _accumulate_sums(partial + E * H * D + h * D, d_c, D)
     if into_values:
-        _accumulate(partial + AT_M + h * D * HEAD_OUT, d_m * d_m_unit, HEAD_OUT, D, HEAD_OUT)
+        _accumulate(partial + AT_M + h * D * HEAD_OUT, d_m * d_m_unit, HEAD_OUT, D, HEAD_OUT, False, scaled)
     return d_x
 
 
@@ -737,16 +800,18 @@ def backward_resident(
             x_scale, x_unit = power_of_two(_largest_of_samples(raw, PACK), x_top)
         for k in tl.static_range(nb):
             x_k = _operand(raw[k], x_scale, operand_dtype, PRECISION)
-            x_tiles = x_tiles + (x_k,)
             values = values + (_finite(x_k, PACK, acc),)
+            x_k = _in_quads(x_k, PRECISION)
+            x_tiles = x_tiles + (x_k,)
             if not scaled:
-                longest = tl.maximum(longest, _diagonals(_product(x_k, x_k, nothing, False, True)))
+                longest = tl.maximum(longest, _diagonals(_product(x_k, x_k, nothing, PRECISION, False, True)))
         longest = tl.max(tl.max(longest, 1), 0)  # |x|^2: no product of two rows is larger
         WIDTH: tl.constexpr = E if RESIDUAL == IDENTITY else HEAD_OUT
         d_y = ()
         if OUTPUT == MERGED or RESIDUAL == IDENTITY:
             d_y = _load_output_tiles(
-                grad, relu_mask, 0, nought, tile, batch, d_sb, d_sf, d_so, F, O, WIDTH, HEAD_OUT, nb, PACK, RELU
+                grad, relu_mask, 0, nought, tile, batch, d_sb, d_sf, d_so, F, O, WIDTH, HEAD_OUT, nb, PACK, RELU,
+                PRECISION,
             )
         y_scale, y_unit = 1.0, 1.0
         if scaled:
@@ -757,7 +822,7 @@ def backward_resident(
                 for h in tl.range(H):
                     d_y_h = _load_output_tiles(
                         grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
-                        nb, PACK, RELU,
+                        nb, PACK, RELU, PRECISION,
                     )  # fmt: skip
                     largest_y = tl.maximum(largest_y, _largest_of_samples(d_y_h, PACK))
             y_scale, y_unit = power_of_two(largest_y, y_top)
@@ -788,7 +853,7 @@ def backward_resident(
                 if OUTPUT != MERGED:
                     d_y_h = _load_output_tiles(
                         grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
-                        nb, PACK, RELU,
+                        nb, PACK, RELU, PRECISION,
                     )  # fmt: skip
                     tiles_h, factors_h, d_x_tiles = _differentiate_columns(
                         d_x_tiles, x_tiles, d_y_h, h * HEAD_OUT, ceilings, units, part, folded, mask, tile, batch,
@@ -798,7 +863,7 @@ def backward_resident(
                 if through_heads:
                     d_x_tiles = _differentiate_head(
                         d_x_tiles, x_tiles, values, ones, tiles_h, factors_h, ceilings, bad, units, heads[h],
-                        longest, h, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M,
+                        longest, h, nought, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M,
                         PACK, MASK, HOIST, NEED_INPUT, NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
                     )  # fmt: skip
         elif through_heads or OUTPUT != MERGED:
@@ -807,7 +872,7 @@ def backward_resident(
                 if OUTPUT != MERGED:
                     d_y_h = _load_output_tiles(
                         grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
-                        nb, PACK, RELU,
+                        nb, PACK, RELU, PRECISION,
                     )  # fmt: skip
                     tiles_h, factors_h, d_x_tiles = _differentiate_columns(
                         d_x_tiles, x_tiles, d_y_h, h * HEAD_OUT, ceilings, units, part, folded, mask, tile, batch,
@@ -820,7 +885,7 @@ def backward_resident(
                     )
                     d_x_tiles = _differentiate_head(
                         d_x_tiles, x_tiles, values, ones, tiles_h, factors_h, ceilings, bad, units, head, longest,
-                        h, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M, PACK,
+                        h, nought, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M, PACK,
                         MASK, HOIST, NEED_INPUT, NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
                     )  # fmt: skip
         if NEED_INPUT:
@@ -829,4 +894,7 @@ def backward_resident(
                 inside = exists[:, None]
                 if E % BLOCK != 0:
                     inside = inside & (i[None, :] < E)
-                tl.store(d_x + offsets[:, None] + i[None, :], (d_x_tiles[k] * d_x_unit).to(dtype), mask=inside)
+                d_x_k = d_x_tiles[k] * d_x_unit
+                if scaled:
+                    d_x_k = from_quads(d_x_k)
+                tl.store(d_x + offsets[:, None] + i[None, :], d_x_k.to(dtype), mask=inside)
