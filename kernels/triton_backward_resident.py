@@ -344,15 +344,6 @@ def _known(t, nought, ROWS: tl.constexpr, COLUMNS: tl.constexpr = 16):
 
 
 @triton.jit
-def _by_columns(t, PACK: tl.constexpr, PRECISION: tl.constexpr):
-    """What samples have, for samples in columns."""
-    if PACK == 1 or PRECISION == "ieee":
-        return t
-    else:
-        return tl.trans(t)
-
-
-@triton.jit
 def _diagonals(t):
     """The larger of the blocks [8, 8] on the diagonal of t [16, 16]."""
     upper, lower = tl.split(tl.permute(tl.reshape(t, (2, 8, BLOCK)), (1, 2, 0)))
@@ -378,6 +369,16 @@ def _less_maximum(scores, unit, F: tl.constexpr, PACK: tl.constexpr, MASK: tl.co
     for k in tl.static_range(len(scores)):
         less = less + (scores[k] * unit - reference,)
     return less
+
+
+@triton.jit
+def _add_rows(total, t, PRECISION: tl.constexpr):
+    """total + t [16, 16], to be added up over rows: by the tensor core [16, 8], all columns alike, or in fp32, all of
+    whose bits count in a sum, as it is."""
+    if PRECISION == "ieee":
+        return _product((t,), (tl.full((BLOCK, ONES), 1.0, t.dtype),), total, PRECISION, True)
+    else:
+        return total + t
 
 
 @triton.jit
@@ -417,7 +418,6 @@ def _differentiate_columns(
     dtype: tl.constexpr = x_tiles[0][0].dtype
     acc: tl.constexpr = weights.dtype.element_ty
     i = tl.arange(0, BLOCK)
-    ones = (tl.full((BLOCK, ONES), 1.0, dtype),)
     into_z, _, _ = _factors(PRECISION)
     factor, product_unit = _common(x_unit * y_unit, PACK, PRECISION)
     d_y_tiles = ()
@@ -438,36 +438,25 @@ def _differentiate_columns(
             d_r = _product(x_tiles[k], d_y_factors[k], d_r, PRECISION, True)
         _accumulate(partial + AT_R + first_out, d_r * product_unit, O, E, HEAD_OUT, scaled, scaled)
     if NEED_BIAS:
-        d_b = tl.zeros((BLOCK, ONES), acc)
-        d_g = d_b
         if MASK == MASK_KEYS and PACK == 1:
             top = tl.full((1, BLOCK), NEG_INF, acc)
             for k in tl.static_range(len(ceilings)):
                 top = tl.maximum(top, tl.where((k * BLOCK + i < F)[None, :], ceilings[k], NEG_INF))
             sees = tl.max(top, 1) > NEG_INF
-        if scaled:
-            d_b = tl.zeros((BLOCK, BLOCK), acc)
-            d_g = d_b
+        d_b = tl.zeros((BLOCK, BLOCK if scaled else ONES), acc)
+        d_g = d_b
         for k in tl.static_range(len(d_y)):
-            if scaled:
-                d_b += d_y[k]
-            else:
-                d_b = _product((d_y[k],), ones, d_b, PRECISION, True)
+            d_b = _add_rows(d_b, d_y[k], PRECISION)
             if MASK != MASK_NONE:
                 rows = k * BLOCK + i
                 if MASK == MASK_KEYS and PACK == 1:
                     seen = tl.broadcast_to(sees, (BLOCK,))
                 else:
                     seen = sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-                seen_k = tl.where(seen[:, None], d_y[k], 0.0).to(d_y[k].dtype)
-                if scaled:
-                    d_g += seen_k
-                else:
-                    d_g = _product((seen_k,), ones, d_g, PRECISION, True)
+                d_g = _add_rows(d_g, tl.where(seen[:, None], d_y[k], 0.0).to(d_y[k].dtype), PRECISION)
         if MASK == MASK_NONE:
             d_g = d_b
         if scaled:
-            # A sum, not a product: all bits of fp32 count.
             _accumulate_vector(partial + AT_B + first_out, tl.sum(from_quads(d_b), 0), HEAD_OUT)
             _accumulate_vector(partial + AT_B + O + first_out, tl.sum(from_quads(d_g), 0), HEAD_OUT)
         else:
@@ -478,7 +467,7 @@ def _differentiate_columns(
 
 @triton.jit
 def _after(t, other, nought):
-    """fp32 t, not before `other` is there."""
+    """t, not before `other` is there; both fp32, nought 0, which the compiler does not know."""
     bits = t.to(tl.int32, bitcast=True) | (other.to(tl.int32, bitcast=True) & nought)
     return bits.to(tl.float32, bitcast=True)
 
@@ -558,7 +547,8 @@ def _differentiate_head(
             tl.debug_barrier()
         rows = r * BLOCK + i
         start = _known(tl.broadcast_to(c[None, :] * c_scale, (BLOCK, BLOCK)), nothing, LAST if r == nb - 1 else BLOCK)
-        if scaled and r > 0:
+        if scaled and r > 0 and NEED_INPUT:
+            # Blocks of rows that overlap would take more registers than there are.
             for k in tl.static_range(nb):
                 start = _after(start, d_x[k], nought)
         q = _product(x_tiles[r], a, start, PRECISION, RESTS=True)
@@ -810,7 +800,22 @@ def backward_resident(
         d_y = ()
         if OUTPUT == MERGED or RESIDUAL == IDENTITY:
             d_y = _load_output_tiles(
-                grad, relu_mask, 0, nought, tile, batch, d_sb, d_sf, d_so, F, O, WIDTH, HEAD_OUT, nb, PACK, RELU,
+                grad,
+                relu_mask,
+                0,
+                nought,
+                tile,
+                batch,
+                d_sb,
+                d_sf,
+                d_so,
+                F,
+                O,
+                WIDTH,
+                HEAD_OUT,
+                nb,
+                PACK,
+                RELU,
                 PRECISION,
             )
         y_scale, y_unit = 1.0, 1.0
@@ -863,8 +868,8 @@ def backward_resident(
                 if through_heads:
                     d_x_tiles = _differentiate_head(
                         d_x_tiles, x_tiles, values, ones, tiles_h, factors_h, ceilings, bad, units, heads[h],
-                        longest, h, nought, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT, AT_M,
-                        PACK, MASK, HOIST, NEED_INPUT, NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
+                        longest, h, nought, part, mask, tile, batch, m_sb, m_sq, m_sk, F, E, H, D, OUTPUT, HEAD_OUT,
+                        AT_M, PACK, MASK, HOIST, NEED_INPUT, NEED_SCORES, NEED_VALUES, PRECISION, EXACT,
                     )  # fmt: skip
         elif through_heads or OUTPUT != MERGED:
             for h in tl.range(H):

@@ -162,8 +162,8 @@ def _scaled_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
 
 def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
     """The backward's cut. Resident: folded, up to 39 fields where registers last, or all but last; in 16 bits of up to
-    16 columns, fp32 tensors where TF32 is allowed, of 16. The rest, full fp32 with it, is streamed, in blocks of 16
-    rows, which leave room for every accumulator."""
+    16 columns, fp32 tensors of 16. The rest is streamed, in blocks of 16 rows, which leave room for every
+    accumulator."""
     pack = packed_samples(n_fields)
     h, e, _, _, factored, output, *_ = layout
     if precision == "ieee" and not factored and max(e, layout.head_out) <= BLOCK:
@@ -177,9 +177,9 @@ def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: in
             hoist = aligned and h <= 2 and mask_kind == MASK_NONE and output != CONCATENATED
             return Config(precision, resident=True, pack=pack, hoist=hoist, programs_per_sm=8, maxnreg=255)
     aligned = not factored and e == layout.head_out == BLOCK
-    if precision == "tf32" and aligned and n_fields <= 39 and mask_kind != MASK_PAIRS:
-        # Beyond 32 fields some addresses are spilled, read once per tile: a fifth of the streaming kernel's work
-        # all the same. Operands in two parts, for all of fp32's accuracy, just miss it.
+    if precision in HALVES and aligned and n_fields <= 39 and mask_kind != MASK_PAIRS:
+        # Operands in two parts spill from 17 fields on, and beyond 32 those in one part with four heads: a quarter or
+        # a fifth of the streaming kernel's work all the same.
         return Config(HALVES[precision], resident=True, pack=pack, programs_per_sm=8, maxnreg=255)
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.
