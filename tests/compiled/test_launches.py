@@ -140,9 +140,10 @@ def compiled(direction: str, shape: Shape, precision: str, arch: str, mask: str 
     return compile_launch(backward(shape, precision, arch, mask), arch)
 
 
-# Bytes of stack at Criteo's shape, of the resident backward: addresses, for fp32 tensors of more than 32 fields; in 16
-# bits it takes every register there is, and here and there two more.
-SPILLED = {("backward", "tf32"): 64, ("backward", "bf16"): 8}
+# Bytes of stack of the resident backward, up to Criteo's shape: operands in two parts and addresses, in full fp32; in
+# 16 bits it takes every register there is, and here and there two more.
+SPILLED = {("backward", "fp32"): 280, ("backward", "bf16"): 8}
+SPILLED_WITH_KEYS_MASKED = 416
 
 
 def assert_sound(binary: Binary, arch: str, precision: str, most_stack: int = 0) -> None:
@@ -167,7 +168,8 @@ def assert_sound(binary: Binary, arch: str, precision: str, most_stack: int = 0)
 @pytest.mark.parametrize("shape", NARROW, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_hopper(direction: str, shape: Shape, precision: str) -> None:
-    most_stack = SPILLED["backward", "tf32"] if (direction, precision, shape) == ("backward", "tf32", CRITEO) else 0
+    spills = precision == "fp32" and shape in (CRITEO, (24, 16, 2))
+    most_stack = SPILLED.get((direction, precision), 0) if spills else 0
     assert_sound(compiled(direction, shape, precision, "sm_90"), "sm_90", precision, most_stack)
 
 
@@ -204,7 +206,7 @@ def test_other_architectures(arch: str, direction: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_masks(direction: str, precision: str, mask: str) -> None:
-    most_stack = SPILLED["backward", "tf32"] if (direction, precision, mask) == ("backward", "tf32", "keys") else 0
+    most_stack = SPILLED_WITH_KEYS_MASKED if (direction, precision, mask) == ("backward", "fp32", "keys") else 0
     assert_sound(compiled(direction, CRITEO, precision, "sm_90", mask), "sm_90", precision, most_stack)
 
 

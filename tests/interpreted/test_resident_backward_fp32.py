@@ -138,7 +138,7 @@ ONE_LARGE = torch.ones(20, 1).index_fill_(0, torch.tensor([3]), 1e4)
     ids=["small x", "large x", "mixed x", "small dy", "large dy", "both small", "no scores", "sharp"],
 )
 def test_sizes(x_size: float | Tensor, grad_size: float, score_size: float, precision: str) -> None:
-    judge(USUAL, [Case(USUAL, 20, 1, "none", precision, x_size, grad_size, score_size) for _ in range(4)])
+    judge(USUAL, [Case(USUAL, 20, 1, "none", precision, x_size, grad_size, score_size) for _ in range(8)])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp16x2"])
