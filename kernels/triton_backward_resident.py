@@ -50,7 +50,7 @@ ONES = _constant(8)  # the narrowest right operand of a dot: sums of rows come f
 # fp32 tensors: x, dy and the weights are scaled by powers of two to be fp16 operands, "fp16" or "fp16x2", each sample's
 # x and dy by their own. What is computed from them is in units of these, times a known power of two that keeps it below
 # 2^16, since with rows of P that sum to one
-#     |q| <= 16 |x| |a| + |c|,    |dz| <= 16 |dy| |w|,    |dP - delta| <= 32 |dz| |x|,    |dq| <= 32 |dz| |x| |x|.
+#     |q| <= 16 |x| |a| + |c|,    |dz| <= 16 |dy| |w|,    |dS| <= 8 |dz| |x|,    |dq| <= 16 |dz| |x| |x|.
 # No bound is far from what can be, so "fp16x2" stays well above fp16's smallest number, 2^-24. "fp16" has bits to
 # spare: what is added up is an operand as it is, but for dz, which is multiplied by 1 / sum(p) anyway. The scales
 # end at 2^48: of x, dy or weights below 2^-46 or so, bits are lost.
@@ -69,7 +69,7 @@ def _binades(PRECISION: tl.constexpr):
 def _factors(PRECISION: tl.constexpr):
     """What makes operands of sums: dz, dS, dq."""
     if PRECISION == "fp16x2":
-        return 2.0**-9, 2.0**-20, 2.0**-15
+        return 2.0**-9, 2.0**-18, 2.0**-16
     elif PRECISION == "fp16":
         return 2.0**-6, 1.0, 1.0
     else:
@@ -430,7 +430,7 @@ def _differentiate_columns(
         r = _operand(_in_quads((r,), PRECISION)[0], w_scale * into_z, dtype, PRECISION)
         added = ()
         for k in tl.static_range(len(d_x)):
-            added = added + (_product(d_y_tiles[k], r, d_x[k], PRECISION, False, True),)
+            added = added + (_product(d_y_tiles[k], r, d_x[k], PRECISION, False, True, True),)
         d_x = added
     if NEED_RESIDUAL and RESIDUAL == PROJECTION:
         d_r = tl.zeros((BLOCK, BLOCK), acc)
@@ -597,7 +597,7 @@ def _differentiate_head(
             if OUTPUT == BARE:
                 d_z = _sum_of(d_y[r], acc) * w_scale
             else:
-                d_z = _product(d_y[r], m, nothing, PRECISION, False, True)
+                d_z = _product(d_y[r], m, nothing, PRECISION, False, True, True)
             d_z = _known(d_z * (scale * into_z), d_z, LAST if r == nb - 1 else BLOCK)
             d_z_tile = _operand(d_z, 1.0, dtype, PRECISION)
             if NEED_INPUT:
