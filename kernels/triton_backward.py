@@ -21,54 +21,130 @@ from .triton_math import (
     PROJECTION,
     as_operand,
     block_pointers,
+    column_run,
     dot,
     finite,
+    from_quads,
     hide,
     load_ceiling,
     load_rows,
     load_transposed,
+    multiply,
+    operands,
     own_keys,
+    quad_order,
     relu_words,
     reordered,
-    restoring,
+    right_operand,
     row_offsets,
+    row_scale,
     score_start,
+    to_quads,
 )
-from .triton_streaming import attend, load_chunks, load_keys, project_keys, queries, scores, weighted
+from .triton_streaming import attend, attend_unshifted, load_chunks, project_keys, queries, weighted
+from .triton_unshifted import across_rows, certain, doubt_values, no_doubt
 
 
 @triton.jit
-def _add_block(pointer, block, top, left, rows, columns, stride, age, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """pointer[top + rows, left + columns] += block [R, 16]; at age 0 what stood there counts as zero."""
-    inside = (rows[:, None] < ROWS - top) & (columns[None, :] < COLUMNS - left)
-    pointers = block_pointers(pointer, top, left, rows, columns, stride)
-    old = tl.load(pointers, mask=inside & (tl.full((1, 1), 0, tl.int32) + age != 0), other=0.0)
-    tl.store(pointers, old + block, mask=inside)
+def padded(WIDTH: tl.constexpr):
+    """The columns of a row of scratch: a multiple of 16."""
+    return (WIDTH + BLOCK - 1) // BLOCK * BLOCK
 
 
 @triton.jit
-def _add_vector(pointer, vector, first, i, age, SIZE: tl.constexpr):
+def _clear(pointer, SIZE: tl.constexpr):
+    """pointer[:SIZE] = 0."""
+    for first in tl.range(0, SIZE, 128):
+        at = first + tl.arange(0, 128)
+        tl.store(pointer + at, tl.zeros((128,), pointer.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit
+def _add_block(pointer, block, top, left, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """pointer[top + rows, left:left + 16] += block [R, 16]. The rows and columns of pointer are ROWS and COLUMNS."""
+    columns = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+    halves = column_halves(block)
+    for half in tl.static_range(2):
+        pointers = block_pointers(pointer, top, left + half * 8, rows, columns, stride)
+        if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
+            tl.store(pointers, tl.load(pointers) + halves[half])
+        else:
+            inside = (rows[:, None] < ROWS - top) & (columns[None, :] < COLUMNS - left - half * 8)
+            tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + halves[half], mask=inside)
+
+
+@triton.jit
+def _add_vector(pointer, vector, first, i, SIZE: tl.constexpr):
     """pointer[first + i] += vector [16]."""
     inside = i < SIZE - first
-    old = tl.load(pointer + i + first, mask=inside & (tl.full((1,), 0, tl.int32) + age != 0), other=0.0)
-    tl.store(pointer + i + first, old + vector, mask=inside)
+    tl.store(pointer + i + first, tl.load(pointer + i + first, mask=inside, other=0.0) + vector, mask=inside)
+
+
+@triton.jit
+def exchanged(t):
+    """t [R, C], of every 16 rows 2 and 8, 3 and 9, 6 and 12, 7 and 13 exchanged.
+
+    Two operands of a sum over rows may have theirs in any order, if in the same. In this one the compiler sends them
+    through shared memory, which is two instructions for a transpose; in the natural order, by a dozen of shuffles.
+    """
+    r: tl.constexpr = t.shape[0]
+    c: tl.constexpr = t.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(t, (r // BLOCK, 2, 2, 2, 2, c)), (0, 3, 2, 1, 4, 5)), (r, c))
+
+
+@triton.jit
+def column_halves(t):
+    """Columns 0 to 7 and 8 to 15 of t [R, 16]: of each a thread has a pair as the tensor core leaves it."""
+    r: tl.constexpr = t.shape[0]
+    return tl.split(tl.permute(tl.reshape(t, (r, 2, 8)), (0, 2, 1)))
+
+
+@triton.jit
+def _add_products(
+    pointer, lefts, rights, rows, left, stride, ROWS: tl.constexpr, THERE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """pointer[rows, left:left + 16] += the products of lefts [R, K] and rights, two halves [K, 8] each.
+
+    THERE: all of the rows exist.
+    """
+    i = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+    for half in tl.static_range(2):
+        pointers = block_pointers(pointer, 0, left + half * 8, rows, i, stride)
+        inside = rows[:, None] < ROWS
+        if THERE:
+            before = tl.load(pointers)
+        else:
+            before = tl.load(pointers, mask=inside, other=0.0)
+        # With fp32's accuracy, one addition rounds at the size of the total, not each of the products.
+        total = before
+        if PRECISION == "tf32x4":
+            total = tl.zeros_like(before)
+        for k in tl.static_range(len(lefts)):
+            total = dot(lefts[k], rights[k][half], total, PRECISION)
+        if PRECISION == "tf32x4":
+            total += before
+        if THERE:
+            tl.store(pointers, total)
+        else:
+            tl.store(pointers, total, mask=inside)
 
 
 @triton.jit
 def load_output_gradient(
     grad, relu_mask, rows, first, zero, tile, batch, d_sb, d_sf, d_so, F: tl.constexpr, O: tl.constexpr,
     WIDTH: tl.constexpr, HEAD_OUT: tl.constexpr, PACK: tl.constexpr, RELU: tl.constexpr,
+    RUN: tl.constexpr = 16,
 ):  # fmt: skip
     """dy = grad where the relu let it pass (as in torch, a NaN does), its columns from `first` on as chunks of WIDTH
     [R, 16]: of a head's own HEAD_OUT, or all."""
     words: tl.constexpr = relu_words(O, HEAD_OUT)
     of_head: tl.constexpr = (HEAD_OUT + BLOCK - 1) // BLOCK
-    run: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth
+    run: tl.constexpr = min(RUN, 128 // grad.dtype.element_ty.primitive_bitwidth)
     i = tl.arange(0, BLOCK)
     d_y = ()
     for o in tl.static_range(0, WIDTH, BLOCK):
         columns = grad + tl.cast(first, tl.int64) * d_so
-        g = load_rows(columns, rows, o, tile, batch, d_sb, d_sf, d_so, F, WIDTH, PACK)
+        g = load_rows(columns, rows, o, tile, batch, d_sb, d_sf, d_so, F, WIDTH, PACK, RUN)
         if RELU:
             offsets, exists = row_offsets(rows, tile, batch, F * words, words, F, PACK)
             if WIDTH == HEAD_OUT:
@@ -106,17 +182,14 @@ def sees_a_key(
 
 @triton.jit
 def _differentiate_keys(
-    q,  # chunks of D [R, 16]
-    q_right,  # the same, finite
-    d_z,  # chunks of D [R, 16]
-    d_z_right,
+    q,  # chunks of D [R, 16], columns in `quad_order`
+    d_z,
     d_q,  # chunks of D [R, 16], so far
-    reference,  # [R]
-    scale,
-    delta,
+    shift,  # [R, 4]
+    scale,  # [R, 4]
+    delta,  # [R]
     first,
     rows,
-    age,
     scratch,
     keys_from,
     values_from,
@@ -135,7 +208,7 @@ def _differentiate_keys(
     D: tl.constexpr,
     FACTORED: tl.constexpr,
     KEYS: tl.constexpr,
-    FULL: tl.constexpr,
+    THERE: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
     NEED_INPUT: tl.constexpr,
@@ -144,46 +217,180 @@ def _differentiate_keys(
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
 ):
-    """P, dP and dS over the keys from `first` on: dq += dS keys; and what the keys, dS^T q, and the values, P^T dz, are
-    due, into their rows of scratch: of dx, or factored of dkeys and dvalues."""
+    """P = scale 2^(scores + shift) and dS = P (dP - delta) over KEYS keys from `first` on, of which THERE exist:
+    dq += dS keys; and what the keys, dS^T q, and the values, P^T dz, are due, into their rows of scratch: of dx, or
+    factored of dkeys and dvalues. In 16 bits P is without the scale, which dz and delta have."""
     dtype: tl.constexpr = q[0].dtype
     acc: tl.constexpr = d_q[0].dtype
     n_rows: tl.constexpr = q[0].shape[0]
     tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
-    fields = first + tl.arange(0, KEYS)
-    keys, ordered = load_keys(keys_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc)
+    k = tl.arange(0, KEYS)
+    skipped = tl.cast(first, tl.int64) * k_sf
+    keys = load_chunks(keys_from + skipped, k, key_tile, batch, k_sb, k_sf, k_se, THERE, D, PACK, 4)
+    ordered = keys
     values = keys
+    if REORDER:
+        order = reordered(k, REORDER)
+        ordered = load_chunks(keys_from + skipped, order, key_tile, batch, k_sb, k_sf, k_se, THERE, D, PACK, 4)
     if FACTORED:
-        values = load_chunks(values_from, fields, key_tile, batch, k_sb, k_sf, k_se, F, D, PACK)
-    s = scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION)
+        values = load_chunks(values_from + skipped, k, key_tile, batch, k_sb, k_sf, k_se, THERE, D, PACK, 4)
+    # Products start from what is added to them; not in fp32, where each would be rounded at the size of that.
+    s = tl.zeros((n_rows, KEYS), acc)
+    d_p = tl.zeros((n_rows, KEYS), acc)
+    if PRECISION == "ieee":
+        s = across_rows(shift, KEYS)
+        d_p -= delta[:, None]
+    if THERE < KEYS and PACK == 1:
+        s = tl.where((k < THERE)[None, :], s, NEG_INF)
+    clean = ()
+    d_z_right = ()
+    q_right = ()
+    for j in tl.static_range(len(q)):
+        keys_j = operands(right_operand(keys[j], REORDER), PRECISION)
+        values_j = operands(right_operand(values[j], REORDER), PRECISION)
+        s = multiply(operands(as_operand(q[j], REORDER), PRECISION), keys_j, s, PRECISION)
+        d_p = multiply(operands(as_operand(d_z[j], REORDER), PRECISION), values_j, d_p, PRECISION)
+        clean = clean + (finite(ordered[j], PACK, acc),)
+        d_z_right = d_z_right + (column_halves(exchanged(finite(d_z[j], PACK, acc))),)
+        q_right = q_right + (column_halves(exchanged(finite((q[j].to(acc) * LN2).to(dtype), PACK, acc))),)
+    fields = first + k
     ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-    s = hide(s, ceiling, rows, fields, F, PACK, MASK)
-    p = tl.exp2(s - reference[:, None]) * scale[:, None]
-    d_p = scores(d_z, values, tl.zeros((n_rows, KEYS), acc), PRECISION)
-    d_s = p * (d_p - delta[:, None]) * tl.full((1, 1), LN2, acc)
+    if PRECISION != "ieee":
+        s += across_rows(shift, KEYS)
+    p = tl.exp2(hide(s, ceiling, rows, fields, F, PACK, MASK))
+    if PRECISION != "ieee":
+        p *= across_rows(scale, KEYS)
+        d_p -= delta[:, None]
+        if F == 1:
+            p = tl.where(p > 0.0, 1.0, p)
+    if F == 1:
+        d_s = p * 0.0  # the softmax of one key is constant
+    else:
+        d_s = p * d_p
     if PACK > 1:
         # Between samples both are zero, but for rows that are NaN throughout.
         own = own_keys(rows, fields, F, PACK)
         p = tl.where(own, p, 0.0)
         d_s = tl.where(own, d_s, 0.0)
-    d_q = weighted(as_operand(d_s.to(dtype), REORDER), ordered, d_q, PRECISION)
-    p_t = tl.trans(p.to(dtype))
-    d_s_t = tl.trans(d_s.to(dtype))
-    i = tl.arange(0, BLOCK)
-    nothing = tl.zeros((KEYS, BLOCK), acc)
+    p = p.to(dtype)
+    d_s = d_s.to(dtype)
+    d_q = weighted(as_operand(d_s, REORDER), clean, d_q, PRECISION)
+    p_t = tl.trans(exchanged(p))
+    d_s_t = tl.trans(exchanged(d_s))
+    exist: tl.constexpr = THERE == KEYS
     for j in tl.static_range(len(q)):
         if FACTORED:
+            d_keys = scratch + tile_rows * padded(E)
             if NEED_INPUT or NEED_SCORES:
-                d_k = dot(d_s_t, q_right[j], nothing, PRECISION)
-                _add_block(scratch + tile_rows * E, d_k, 0, j * BLOCK, fields, i, D, age, tile_rows, D)
+                _add_products(
+                    d_keys, (d_s_t,), (q_right[j],), fields, j * BLOCK, padded(D), tile_rows, exist, PRECISION
+                )
             if NEED_INPUT or NEED_VALUES:
-                d_v = dot(p_t, d_z_right[j], nothing, PRECISION)
-                _add_block(scratch + tile_rows * (E + D), d_v, 0, j * BLOCK, fields, i, D, age, tile_rows, D)
+                d_values = d_keys + tile_rows * padded(D)
+                _add_products(
+                    d_values, (p_t,), (d_z_right[j],), fields, j * BLOCK, padded(D), tile_rows, exist, PRECISION
+                )
         elif NEED_INPUT:
-            d_x = dot(p_t, d_z_right[j], nothing, PRECISION)
-            d_x = dot(d_s_t, q_right[j], d_x, PRECISION)
-            _add_block(scratch, d_x, 0, j * BLOCK, fields, i, E, age, tile_rows, E)
+            _add_products(
+                scratch,
+                (p_t, d_s_t),
+                (d_z_right[j], q_right[j]),
+                fields,
+                j * BLOCK,
+                padded(E),
+                tile_rows,
+                exist,
+                PRECISION,
+            )
     return d_q
+
+
+@triton.jit
+def _binade(t):
+    """log2 of the power of two that is at or below t, positive normal numbers of fp32."""
+    return ((t.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+
+
+@triton.jit
+def _soften(
+    q,  # chunks of D [R, 16], columns in `quad_order`
+    d_z,  # the same, or ()
+    rows,
+    keys_from,
+    values_from,
+    key_tile,
+    k_sb,
+    k_sf,
+    k_se,
+    mask,
+    tile,
+    batch,
+    m_sb,
+    m_sq,
+    m_sk,
+    key_end,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    FACTORED: tl.constexpr,
+    KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
+    PACK: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
+    EXACT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """`shift` and `scale` of P = scale 2^(scores + shift) [R, 4], in 16 bits with a scale from 1/2 to 1; given dz,
+    delta = sum over keys of P dP [R]; and z = P values."""
+    n_rows: tl.constexpr = q[0].shape[0]
+    dtype: tl.constexpr = q[0].dtype
+    left = ()
+    for j in tl.static_range(len(q)):
+        left = left + (as_operand(q[j], REORDER),)
+    d_z_left = ()
+    for j in tl.static_range(len(d_z)):
+        d_z_left = d_z_left + (as_operand(d_z[j], REORDER),)
+    doubt = no_doubt(n_rows)
+    z, total, delta, doubt = attend_unshifted(
+        left, d_z_left, doubt, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+        m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC, 4,
+    )  # fmt: skip
+    for j in tl.static_range(len(z)):
+        doubt = doubt_values(doubt, z[j], dtype, True)
+    reference = tl.zeros((n_rows, 4), ACC)
+    if not certain(doubt, dtype):
+        row_max, row_sum, _, delta, z = attend(
+            left, d_z_left, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+            m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC,
+        )  # fmt: skip
+        reference = tl.broadcast_to(row_max[:, None], (n_rows, 4))
+        total = tl.broadcast_to(row_sum[:, None], (n_rows, 4))
+    if dtype == tl.float16 or dtype == tl.bfloat16:
+        # Of operands of 16 bits neither P nor scale dz may be far from what they are of.
+        binade = _binade(total)
+        total *= tl.exp2(-binade)
+        reference += binade
+    return -reference, row_scale(total, MASK, EXACT), delta, z
+
+
+@triton.jit
+def _values_gradient(
+    d_y, weights, first, columns, i, D: tl.constexpr, HEAD_OUT: tl.constexpr, OUTPUT: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dz of a head, whose m begins at `first`: chunks of D [R, 16], their columns in `quad_order`, as `columns` are."""
+    d_z = ()
+    for e in tl.static_range(0, D, BLOCK):
+        if OUTPUT == BARE:
+            d_z_e = to_quads(d_y[e // BLOCK]).to(ACC)
+        else:
+            d_z_e = tl.zeros((d_y[0].shape[0], BLOCK), ACC)
+            for o in tl.static_range(len(d_y)):
+                m_t = load_transposed(weights + first, e, o * BLOCK, columns, i, HEAD_OUT, D, HEAD_OUT)
+                d_z_e = dot(d_y[o], m_t.to(d_y[o].dtype), d_z_e, PRECISION)
+        d_z = d_z + (d_z_e,)
+    return d_z
 
 
 @triton.jit
@@ -195,7 +402,7 @@ def _differentiate_projection(
     d_weights,
     rows,
     i,
-    age,
+    quads,  # the same in `quad_order`
     tile,
     batch,
     x_sb,
@@ -216,21 +423,21 @@ def _differentiate_projection(
     tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
     d_y = ()
     for j in tl.static_range(0, D, BLOCK):
-        inside = (rows[:, None] < tile_rows) & (i[None, :] < D - j)
-        d_y_j = tl.load(block_pointers(d_rows, 0, j, rows, i, D), mask=inside, other=0.0)
-        d_y = d_y + (d_y_j.to(dtype),)
+        inside = tl.broadcast_to(rows[:, None] < tile_rows, (BLOCK, BLOCK))
+        d_y_j = tl.load(block_pointers(d_rows, 0, j, rows, i, padded(D)), mask=inside, other=0.0)
+        d_y = d_y + (from_quads(d_y_j.to(dtype)),)
     for e in tl.static_range(0, E, BLOCK):
         if NEED_WEIGHTS:
-            x_t = tl.trans(load_rows(x, rows, e, tile, batch, x_sb, x_sf, x_se, F, E, PACK))
+            x_t = tl.trans(load_rows(x, rows, e, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4))
             for j in tl.static_range(len(d_y)):
                 d_w = dot(x_t, d_y[j], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
-                _add_block(d_weights, d_w, e, j * BLOCK, i, i, H * D, age, E, D)
+                _add_block(d_weights, d_w, e, j * BLOCK, i, H * D, E, D)
         if NEED_INPUT:
             d_x_e = tl.zeros((BLOCK, BLOCK), acc)
             for j in tl.static_range(len(d_y)):
-                w_t = load_transposed(weights, e, j * BLOCK, i, i, H * D, E, D)
+                w_t = load_transposed(weights, e, j * BLOCK, quads, i, H * D, E, D)
                 d_x_e = dot(d_y[j], w_t.to(dtype), d_x_e, PRECISION)
-            _add_block(d_x, d_x_e, 0, e, rows, i, E, 1, tile_rows, E)
+            _add_block(d_x, d_x_e, 0, e, rows, padded(E), tile_rows, E)
 
 
 @triton.jit
@@ -298,11 +505,14 @@ def backward(
     into_values: tl.constexpr = NEED_VALUES and OUTPUT != BARE
     pid = tl.program_id(0)
     partial += tl.cast(pid, tl.int64) * size
-    scratch += tl.cast(pid, tl.int64) * (tile_rows * (E + 2 * D * FACTORED))
+    scratch += tl.cast(pid, tl.int64) * (tile_rows * (padded(E) + 2 * padded(D) * FACTORED))
     if FACTORED:
         projected += tl.cast(pid, tl.int64) * (PACK * F * 2 * H * D)
+    _clear(partial, size)
     for t in tl.range(pid, (batch + PACK - 1) // PACK, tl.num_programs(0)):
         tile = tl.cast(t, tl.int64)
+        if NEED_INPUT:
+            _clear(scratch, tile_rows * padded(E))
         if through_heads or into_values:
             if FACTORED:
                 i = tl.arange(0, BLOCK) + t * nought
@@ -325,40 +535,29 @@ def backward(
                     k_sb = F * 2 * H * D
                     k_sf = 2 * H * D
                     k_se = 1
+                    _clear(scratch + tile_rows * padded(E), tile_rows * 2 * padded(D))
+                tl.debug_barrier()
                 for first_row in tl.range(0, tile_rows, ROWS):
                     turn = t + first_row
                     if FACTORED or OUTPUT != MERGED:
                         # The others have registers to spare for addresses that all heads share.
                         turn += h
                     i = tl.arange(0, BLOCK) + turn * nought
-                    age_of_keys = first_row
-                    age_of_rows = h
-                    if not FACTORED:
-                        age_of_keys = h + first_row
-                        age_of_rows = 1
-                    age_of_head = t - pid + first_row
+                    quads = quad_order(tl.arange(0, BLOCK)) + turn * nought
                     rows = first_row + tl.arange(0, ROWS) + turn * nought
-                    x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+                    x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
                     d_y = load_output_gradient(
                         grad, relu_mask, rows, first_out, 0, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
-                        PACK, RELU,
+                        PACK, RELU, 4,
                     )  # fmt: skip
-                    q = queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER)
-                    d_z = ()
-                    if through_heads:
-                        if OUTPUT == BARE:
-                            d_z = d_y
-                        else:
-                            for e in tl.static_range(0, D, BLOCK):
-                                d_z_e = tl.zeros((ROWS, BLOCK), acc)
-                                for o in tl.static_range(len(d_y)):
-                                    m_t = load_transposed(
-                                        weights + m_h, e, o * BLOCK, restoring(i, REORDER), i, HEAD_OUT, D, HEAD_OUT
-                                    )
-                                    d_z_e = dot(d_y[o], m_t.to(dtype), d_z_e, PRECISION)
-                                d_z = d_z + (as_operand(d_z_e.to(dtype), REORDER),)
-                    reference, _, scale, delta, z = attend(
-                        q, d_z, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                    q = queries(x_rows, weights, h, i, quads, E, H, D, PRECISION)
+                    # In 16 bits dz is scaled instead of P, and delta comes from the very dz that it is compared with.
+                    # For fp32's accuracy P must be 1 where there is a single key, and rows of dS sum to zero.
+                    unscaled = ()
+                    if through_heads and PRECISION != "ieee":
+                        unscaled = _values_gradient(d_y, weights, m_h, quads, i, D, HEAD_OUT, OUTPUT, acc, PRECISION)
+                    shift, scale, delta, z = _soften(
+                        q, unscaled, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                         m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT,
                         acc,
                     )  # fmt: skip
@@ -367,90 +566,98 @@ def backward(
                             z_t = tl.trans(z[e].to(dtype))
                             for o in tl.static_range(len(d_y)):
                                 d_m = dot(z_t, d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
-                                _add_block(
-                                    partial + m_h, d_m, e * BLOCK, o * BLOCK, i, i, HEAD_OUT, age_of_head, D, HEAD_OUT
-                                )
+                                _add_block(partial + m_h, d_m, e * BLOCK, o * BLOCK, i, HEAD_OUT, D, HEAD_OUT)
                     if through_heads:
-                        d_z_right = ()
-                        q_right = ()
+                        d_z = unscaled
+                        if PRECISION == "ieee":
+                            unscaled = _values_gradient(
+                                d_y, weights, m_h, quads, i, D, HEAD_OUT, OUTPUT, acc, PRECISION
+                            )
+                            for e in tl.static_range(len(z)):
+                                d_z_e = (unscaled[e] * across_rows(scale)).to(dtype)
+                                d_z = d_z + (d_z_e,)
+                                delta += tl.sum(from_quads(d_z_e).to(acc) * z[e], 1)
                         d_q = ()
-                        for e in tl.static_range(len(q)):
-                            d_z_right = d_z_right + (finite(d_z[e], PACK, acc),)
-                            q_right = q_right + (finite(q[e], PACK, acc),)
+                        for _ in tl.static_range(len(q)):
                             d_q = d_q + (tl.zeros((ROWS, BLOCK), acc),)
                         for first in tl.range(0, key_end, KEYS):
                             d_q = _differentiate_keys(
-                                q, q_right, d_z, d_z_right, d_q, reference, scale, delta, first, rows, age_of_keys,
+                                q, d_z, d_q, shift, scale, delta, first, rows,
                                 scratch, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-                                m_sb, m_sq, m_sk, F, E, D, FACTORED, KEYS, True, PACK, MASK, NEED_INPUT, NEED_SCORES,
+                                m_sb, m_sq, m_sk, F, E, D, FACTORED, KEYS, KEYS, PACK, MASK, NEED_INPUT, NEED_SCORES,
                                 NEED_VALUES, PRECISION, REORDER,
                             )  # fmt: skip
                         d_q = _differentiate_keys(
-                            q, q_right, d_z, d_z_right, d_q, reference, scale, delta, key_end, rows, age_of_keys,
+                            q, d_z, d_q, shift, scale, delta, key_end, rows,
                             scratch, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-                            m_sb, m_sq, m_sk, F, E, D, FACTORED, TAIL, False, PACK, MASK, NEED_INPUT, NEED_SCORES,
-                            NEED_VALUES, PRECISION, REORDER,
+                            m_sb, m_sq, m_sk, F, E, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, NEED_INPUT,
+                            NEED_SCORES, NEED_VALUES, PRECISION, REORDER,
                         )  # fmt: skip
+                        scaled = ()
+                        for j in tl.static_range(len(d_q)):
+                            scaled = scaled + (d_q[j] * LN2,)
+                        d_q = scaled
                         if NEED_INPUT:
                             tl.debug_barrier()
                             for e in tl.static_range(len(x_rows)):
-                                d_x_e = tl.zeros((ROWS, BLOCK), acc)
+                                lefts = ()
+                                rights = ()
                                 for j in tl.static_range(len(d_q)):
-                                    d_q_j = as_operand(d_q[j].to(dtype), REORDER)
-                                    columns = reordered(i, REORDER)
+                                    columns = reordered(tl.arange(0, BLOCK), REORDER) + turn * nought
                                     a_t = load_transposed(
-                                        weights + h * D, e * BLOCK, j * BLOCK, i, columns, H * D, E, D
+                                        weights + h * D, e * BLOCK, j * BLOCK, quads, columns, H * D, E, D
                                     )
-                                    d_x_e = dot(d_q_j, a_t.to(dtype), d_x_e, PRECISION)
-                                _add_block(scratch, d_x_e, 0, e * BLOCK, rows, i, E, age_of_rows, tile_rows, E)
+                                    lefts = lefts + (as_operand(d_q[j].to(dtype), REORDER),)
+                                    rights = rights + (column_halves(a_t.to(dtype)),)
+                                _add_products(
+                                    scratch, lefts, rights, rows, e * BLOCK, padded(E), tile_rows, False, PRECISION
+                                )
                             tl.debug_barrier()
                         if NEED_SCORES:
                             # Loaded again rather than kept over the loops: registers are what is short.
-                            x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+                            x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
                             d_c = partial + E * H * D + h * D
                             for j in tl.static_range(len(d_q)):
-                                _add_vector(d_c, tl.sum(d_q[j], 0), j * BLOCK, i, age_of_head, D)
+                                _add_vector(d_c, tl.sum(d_q[j], 0), j * BLOCK, i, D)
                                 d_q_j = d_q[j].to(dtype)
                                 for e in tl.static_range(len(x_rows)):
                                     d_a = dot(tl.trans(x_rows[e]), d_q_j, tl.zeros((BLOCK, BLOCK), acc), PRECISION)
-                                    _add_block(
-                                        partial + h * D, d_a, e * BLOCK, j * BLOCK, i, i, H * D, age_of_head, E, D
-                                    )
+                                    _add_block(partial + h * D, d_a, e * BLOCK, j * BLOCK, i, H * D, E, D)
                 if FACTORED:
                     tl.debug_barrier()
                     for first_row in tl.range(0, tile_rows, BLOCK):
                         i = tl.arange(0, BLOCK) + (t + h + first_row) * nought
+                        quads = quad_order(tl.arange(0, BLOCK)) + (t + h + first_row) * nought
                         rows = first_row + i
-                        age = t - pid + first_row
                         at = at_k + h * D
                         if NEED_INPUT or NEED_SCORES:
                             _differentiate_projection(
-                                x, scratch + tile_rows * E, scratch, weights + at, partial + at, rows, i, age, tile,
-                                batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_SCORES, PRECISION,
+                                x, scratch + tile_rows * padded(E), scratch, weights + at, partial + at, rows, i,
+                                quads, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_SCORES, PRECISION,
                             )  # fmt: skip
                         at += E * H * D
                         if NEED_INPUT or NEED_VALUES:
                             _differentiate_projection(
-                                x, scratch + tile_rows * (E + D), scratch, weights + at, partial + at, rows, i, age,
-                                tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_VALUES, PRECISION,
+                                x, scratch + tile_rows * (padded(E) + padded(D)), scratch, weights + at, partial + at,
+                                rows, i, quads, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_VALUES, PRECISION,
                             )  # fmt: skip
                     tl.debug_barrier()
         for first_row in tl.range(0, tile_rows, ROWS):
             i = tl.arange(0, BLOCK) + (t + first_row) * nought
-            age = t - pid + first_row
+            quads = quad_order(tl.arange(0, BLOCK)) + (t + first_row) * nought
             rows = first_row + tl.arange(0, ROWS) + t * nought
-            x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK)
+            x_rows = load_chunks(x, rows, tile, batch, x_sb, x_sf, x_se, F, E, PACK, 4)
             d_x_rows = ()
             if NEED_INPUT:
                 for e in tl.static_range(len(x_rows)):
-                    inside = (rows[:, None] < tile_rows) & (i[None, :] < E - e * BLOCK)
-                    pointers = block_pointers(scratch, 0, e * BLOCK, rows, i, E)
+                    inside = tl.broadcast_to(rows[:, None] < tile_rows, (ROWS, BLOCK))
+                    pointers = block_pointers(scratch, 0, e * BLOCK, rows, i, padded(E))
                     d_x_rows = d_x_rows + (tl.load(pointers, mask=inside, other=0.0),)
             for h in tl.range(slices):
                 first_out = h * HEAD_OUT
                 d_y = load_output_gradient(
                     grad, relu_mask, rows, first_out, 0, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT, PACK,
-                    RELU,
+                    RELU, 4,
                 )  # fmt: skip
                 for o in tl.static_range(len(d_y)):
                     if NEED_BIAS:
@@ -459,37 +666,37 @@ def backward(
                         if MASK != MASK_NONE:
                             seen = sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
                             d_g = tl.sum(tl.where(seen[:, None], d_y[o].to(acc), 0.0), 0)
-                        _add_vector(partial + AT_B + first_out, d_b, o * BLOCK, i, age, HEAD_OUT)
-                        _add_vector(partial + AT_B + O + first_out, d_g, o * BLOCK, i, age, HEAD_OUT)
+                        _add_vector(partial + AT_B + first_out, d_b, o * BLOCK, i, HEAD_OUT)
+                        _add_vector(partial + AT_B + O + first_out, d_g, o * BLOCK, i, HEAD_OUT)
                     if NEED_RESIDUAL and RESIDUAL == PROJECTION:
                         for e in tl.static_range(len(x_rows)):
                             d_r = dot(tl.trans(x_rows[e]), d_y[o], tl.zeros((BLOCK, BLOCK), acc), PRECISION)
                             d_r_h = partial + AT_R + first_out
-                            _add_block(d_r_h, d_r, e * BLOCK, o * BLOCK, i, i, O, age, E, HEAD_OUT)
+                            _add_block(d_r_h, d_r, e * BLOCK, o * BLOCK, i, O, E, HEAD_OUT)
                 if NEED_INPUT and RESIDUAL == PROJECTION:
                     added = ()
                     for e in tl.static_range(len(x_rows)):
                         d_x_e = d_x_rows[e]
                         for o in tl.static_range(len(d_y)):
                             r_h = weights + AT_R + first_out
-                            r_t = load_transposed(r_h, e * BLOCK, o * BLOCK, i, i, O, E, HEAD_OUT)
+                            r_t = load_transposed(r_h, e * BLOCK, o * BLOCK, quads, i, O, E, HEAD_OUT)
                             d_x_e = dot(d_y[o], r_t.to(dtype), d_x_e, PRECISION)
                         added = added + (d_x_e,)
                     d_x_rows = added
             if NEED_INPUT:
                 if RESIDUAL == IDENTITY:
                     d_y = load_output_gradient(
-                        grad, relu_mask, rows, 0, 0, tile, batch, d_sb, d_sf, d_so, F, O, E, HEAD_OUT, PACK, RELU
+                        grad, relu_mask, rows, 0, 0, tile, batch, d_sb, d_sf, d_so, F, O, E, HEAD_OUT, PACK, RELU, 4
                     )
                     added = ()
                     for e in tl.static_range(len(x_rows)):
-                        added = added + (d_x_rows[e] + d_y[e].to(acc),)
+                        added = added + (d_x_rows[e] + to_quads(d_y[e]).to(acc),)
                     d_x_rows = added
                 offsets, exists = row_offsets(rows, tile, batch, F * E, E, F, PACK)
                 for e in tl.static_range(len(x_rows)):
                     tl.store(
-                        d_x + offsets[:, None] + i[None, :] + e * BLOCK,
-                        d_x_rows[e].to(d_x.dtype.element_ty),
+                        d_x + offsets[:, None] + (column_run(4))[None, :] + e * BLOCK,
+                        from_quads(d_x_rows[e].to(d_x.dtype.element_ty)),
                         mask=exists[:, None] & (i[None, :] < E - e * BLOCK),
                     )
         tl.debug_barrier()

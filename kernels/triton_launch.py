@@ -183,7 +183,10 @@ def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: in
         return Config(HALVES[precision], resident=True, pack=pack, programs_per_sm=8, maxnreg=255)
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.
-    return Config(precision, pack=pack, keys=keys, programs_per_sm=8, maxnreg=255)
+    narrow = not factored and max(e, layout.head_out) <= BLOCK
+    # Twice the rows halve how often keys and their gradients are fetched; operands of 32 bits leave no room for them.
+    rows = 2 * BLOCK if precision == "ieee" and narrow and pack == 1 and mask_kind != MASK_PAIRS else BLOCK
+    return Config(precision, pack=pack, rows=rows, keys=keys, programs_per_sm=8, maxnreg=255)
 
 
 def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[int, tuple[Any, ...]]:
@@ -274,7 +277,9 @@ def scratch_size(n_fields: int, layout: Layout, config: Config) -> int:
     """Elements of the gradients of a tile's x, and of a head's projected keys and values; 0 where they stay on chip."""
     if config.resident:
         return 0
-    return _tile_rows(n_fields, config) * (layout.emb_size + 2 * layout.rank * layout.factored)
+    return (
+        _tile_rows(n_fields, config) * BLOCK * (_blocks(layout.emb_size) + 2 * _blocks(layout.rank) * layout.factored)
+    )
 
 
 def _affordable(programs: int, elements: int, target: Target) -> int:

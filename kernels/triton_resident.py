@@ -100,7 +100,7 @@ def _attend(
         counts = own_samples(rows, rows, PACK)
         if LIVE < BLOCK:
             counts = (tl.broadcast_to(live, (BLOCK, starts[k].shape[1])),)
-        z, sums = add_keys(z, sums, (q,), (keys[k],), (values[k],), ones[k], starts[k], counts, PRECISION, REORDER)
+        z, sums, _ = add_keys(z, sums, (q,), (keys[k],), (values[k],), ones[k], starts[k], counts, PRECISION, REORDER)
     total = sums_of_rows(sums)
     if LIVE < BLOCK:
         total = tl.where(live, total, 1.0)

@@ -30,13 +30,13 @@ from .triton_math import (
     load_ceiling,
     load_rows,
     load_vector,
+    multiply,
     operands,
     own_keys,
     poison,
     quad_order,
     relu_words,
     reordered,
-    restoring,
     right_operand,
     row_offsets,
     row_reference,
@@ -168,41 +168,38 @@ def queries(
     weights,
     h,
     i,  # 0 to 15
+    quads,  # the same in `quad_order`, as the columns of q
     E: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
-    REORDER: tl.constexpr,
-    QUADS: tl.constexpr = False,
 ):
-    """q_h = x A_h + c_h as chunks of D [R, 16], each ready to be the left operand of a dot.
-
-    Its columns are in their natural order, or, as QUADS, in that of `right_operand`.
-    """
+    """q_h = x A_h + c_h as chunks of D [R, 16]."""
     n_rows: tl.constexpr = x_rows[0].shape[0]
     dtype: tl.constexpr = x_rows[0].dtype
-    columns = quad_order(i) if QUADS else restoring(i, REORDER)
     q = ()
     for j in tl.static_range(0, D, BLOCK):
-        c = load_vector(weights + E * H * D + h * D, j, columns, D)
+        c = load_vector(weights + E * H * D + h * D, j, quads, D)
         q_j = tl.broadcast_to(c[None, :], (n_rows, BLOCK))
         for e in tl.static_range(len(x_rows)):
-            a = load_block(weights + h * D, e * BLOCK, j, i, columns, H * D, E, D)
+            a = load_block(weights + h * D, e * BLOCK, j, i, quads, H * D, E, D)
             q_j = dot(x_rows[e], a.to(dtype), q_j, PRECISION)
-        q = q + (as_operand(q_j.to(dtype), REORDER),)
+        q = q + (q_j.to(dtype),)
     return q
 
 
 @triton.jit
 def scores(
-    left,  # chunks of D [R, 16]
+    left,  # chunks of D [R, 16], their columns in the order of `right_operand`
     right,  # chunks of D [K, 16]
     start,  # [R, K]
     PRECISION: tl.constexpr,
+    REORDER: tl.constexpr,
 ):
-    """start + left right^T. [R, K]"""
+    """start + left right^T, rounded as wherever P or dP is computed, or delta is not of them. [R, K]"""
     for i in tl.static_range(len(left)):
-        start = dot(left[i], tl.trans(right[i]), start, PRECISION)
+        right_t = operands(right_operand(right[i], REORDER), PRECISION)
+        start = multiply(operands(left[i], PRECISION), right_t, start, PRECISION)
     return start
 
 
@@ -280,7 +277,7 @@ def _attend_keys(
         values, ordered = load_keys(
             values_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc, RUN
         )
-    s = scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION)
+    s = scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION, REORDER)
     ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
     s = hide(s, ceiling, rows, fields, F, PACK, MASK)
     new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -292,7 +289,7 @@ def _attend_keys(
         decayed = decayed + (z[i] * decay[:, None],)
     z = weighted(as_operand(p.to(q[0].dtype), REORDER), ordered, decayed, PRECISION)
     if len(d_z) > 0:
-        d_p = scores(d_z, values, tl.zeros((q[0].shape[0], KEYS), acc), PRECISION)
+        d_p = scores(d_z, values, tl.zeros((q[0].shape[0], KEYS), acc), PRECISION, REORDER)
         if PACK > 1:
             d_p = tl.where(own_keys(rows, fields, F, PACK), d_p, 0.0)
         delta = delta * decay + tl.sum(p * d_p, 1)
@@ -372,7 +369,10 @@ def attend(
 def _attend_keys_unshifted(
     z,  # chunks of D [R, 16]
     sums,  # [R, 8]
+    row_sum,  # [R], of a backward that wants delta
+    delta,  # the same
     q,  # chunks of D, operands of [R, 16]
+    d_z,  # the same in a backward that wants delta, else ()
     first,
     rows,
     keys_from,
@@ -407,6 +407,9 @@ def _attend_keys_unshifted(
     ordered = natural
     if FACTORED or REORDER:
         ordered = load_chunks(values_from + skipped, order, key_tile, batch, k_sb, k_sf, k_se, THERE, D, PACK, RUN)
+    in_order = natural
+    if FACTORED and len(d_z) > 0:
+        in_order = load_chunks(values_from + skipped, k, key_tile, batch, k_sb, k_sf, k_se, THERE, D, PACK, RUN)
     keys = ()
     values = ()
     for i in tl.static_range(len(natural)):
@@ -414,12 +417,27 @@ def _attend_keys_unshifted(
         values = values + (operands(ordered[i], PRECISION),)
     start = start_scores(mask, rows, first + k, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, sums.dtype)
     ones = ones_of(order, THERE, KEYS if PACK == 1 else BLOCK // PACK, natural[0].dtype)
-    return add_keys(z, sums, q, keys, values, ones, start, own_samples(rows, k, PACK), PRECISION, REORDER)
+    counts = own_samples(rows, k, PACK)
+    z, sums, p = add_keys(z, sums, q, keys, values, ones, start, counts, PRECISION, REORDER, len(d_z) > 0)
+    if len(d_z) > 0:
+        d_p = tl.zeros((rows.shape[0], KEYS), sums.dtype)
+        for i in tl.static_range(len(natural)):
+            d_p = multiply(d_z[i], operands(right_operand(in_order[i], REORDER), PRECISION), d_p, PRECISION)
+        if PACK > 1:
+            there = own_keys(rows, k, F, PACK)
+            d_p = tl.where(there, d_p, 0.0)
+            p = tl.where(there, p, 0.0)
+        elif THERE < KEYS:
+            p = tl.where((k < THERE)[None, :], p, 0.0)
+        delta += tl.sum(p * d_p, 1)
+        row_sum += tl.sum(p, 1)
+    return z, sums, row_sum, delta
 
 
 @triton.jit
 def attend_unshifted(
-    q,  # chunks of D [R, 16], as QUADS of `queries`
+    q,  # chunks of D [R, 16], their columns in the order of `right_operand`
+    d_z,  # the same in a backward that wants delta, else ()
     doubt,  # [R, 4]
     rows,
     keys_from,
@@ -448,23 +466,28 @@ def attend_unshifted(
     ACC: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """As `attend`, without row maxima: z, and doubt of it."""
+    """As `attend`, without row maxima: z, the rows' sums [R, 4], delta [R], and doubt of the first two."""
     n_rows: tl.constexpr = q[0].shape[0]
     dtype: tl.constexpr = q[0].dtype
     left = ()
+    d_z_left = ()
     z = ()
+    for i in tl.static_range(len(d_z)):
+        d_z_left = d_z_left + (operands(d_z[i], PRECISION),)
     for i in tl.static_range(len(q)):
         left = left + (operands(q[i], PRECISION),)
         z = z + (tl.zeros((n_rows, BLOCK), ACC),)
     sums = tl.zeros((n_rows, 8), ACC)
+    row_sum = tl.zeros((n_rows,), ACC)
+    delta = tl.zeros((n_rows,), ACC)
     for first in tl.range(0, key_end, KEYS):
-        z, sums = _attend_keys_unshifted(
-            z, sums, left, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-            m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, KEYS, PACK, MASK, PRECISION, REORDER, RUN,
+        z, sums, row_sum, delta = _attend_keys_unshifted(
+            z, sums, row_sum, delta, left, d_z_left, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se,
+            mask, tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, KEYS, PACK, MASK, PRECISION, REORDER, RUN,
         )  # fmt: skip
-    z, sums = _attend_keys_unshifted(
-        z, sums, left, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-        m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, PRECISION, REORDER, RUN,
+    z, sums, row_sum, delta = _attend_keys_unshifted(
+        z, sums, row_sum, delta, left, d_z_left, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se,
+        mask, tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, PRECISION, REORDER, RUN,
     )  # fmt: skip
     total = sums_of_rows(sums)
     doubt = doubt_sums(doubt, total, dtype)
@@ -472,7 +495,11 @@ def attend_unshifted(
     scaled = ()
     for i in tl.static_range(len(z)):
         scaled = scaled + (z[i] * scale,)
-    return scaled, doubt
+    if len(d_z) > 0:
+        # What the tensor core adds up lacks the last bits of P. A row of dS sums to zero only if these count.
+        total = tl.broadcast_to(row_sum[:, None], (n_rows, 4))
+        delta /= row_sum
+    return scaled, total, delta, doubt
 
 
 @triton.jit
@@ -547,7 +574,10 @@ def _add_head(
     if FACTORED:
         keys_from += h * D
         values_from += h * D
-    q = queries(x_rows, weights, h, i, E, H, D, PRECISION, REORDER, not SHIFTED)
+    q = ()
+    quads = queries(x_rows, weights, h, i, quad_order(i), E, H, D, PRECISION)
+    for j in tl.static_range(len(quads)):
+        q = q + (as_operand(quads[j], REORDER),)
     if SHIFTED:
         _, row_sum, _, _, z = attend(
             q, (), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
@@ -555,8 +585,8 @@ def _add_head(
         )  # fmt: skip
     else:
         row_sum = tl.full((rows.shape[0],), 1.0, y[0].dtype)
-        z, doubt = attend_unshifted(
-            q, doubt, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
+        z, _, _, doubt = attend_unshifted(
+            q, (), doubt, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
             key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype, RUN,
         )  # fmt: skip
     if OUTPUT == BARE:

@@ -104,28 +104,29 @@ def add_keys(
     counts,  # (), or which P are not to be zero [R, K]
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
+    RESTS: tl.constexpr = False,
 ):
-    """z + P values and sums + P ones, where P = 2^(start + q keys)."""
+    """z + P values, sums + P ones, and P = 2^(start + q keys)."""
     for i in tl.static_range(len(q)):
-        start = multiply(q[i], keys[i], start, PRECISION, RESTS=False)
+        start = multiply(q[i], keys[i], start, PRECISION, RESTS=RESTS)
     p = tl.exp2(start)
     if len(counts) > 0:
         p = tl.where(counts[0], p, 0.0)
-    p = as_operand(p.to(ones.dtype), REORDER)
+    operand = as_operand(p.to(ones.dtype), REORDER)
     if p.shape[1] < ones.shape[0]:
-        p = widen(p)
-    parts = (p,)
+        operand = widen(operand)
+    parts = (operand,)
     if PRECISION == "tf32x4":
         # Cut off, not rounded as in `operands`: sums lose the same, so what is lost on average does not matter.
-        high = cut_off(p)
-        parts = (high, p - high)
+        high = cut_off(operand)
+        parts = (high, operand - high)
     added = ()
     for i in tl.static_range(len(z)):
         added = added + (multiply(parts, values[i], z[i], PRECISION),)
     precision: tl.constexpr = "tf32" if REORDER else PRECISION
     for i in tl.static_range(len(parts)):
         sums = tl.dot(parts[len(parts) - 1 - i], ones, sums, input_precision=precision, out_dtype=sums.dtype)
-    return added, sums
+    return added, sums, p
 
 
 @triton.jit
@@ -137,10 +138,10 @@ def sums_of_rows(sums):
 
 
 @triton.jit
-def across_rows(t):
-    """t [R, 4], as `sums_of_rows` leaves it, as [R, 16]."""
+def across_rows(t, COLUMNS: tl.constexpr = 16):
+    """t [R, 4], as `sums_of_rows` leaves it, as [R, COLUMNS]."""
     r: tl.constexpr = t.shape[0]
-    return tl.reshape(tl.broadcast_to(t[:, None, :, None], (r, 2, 4, 2)), (r, 16))
+    return tl.reshape(tl.broadcast_to(t[:, None, :, None], (r, COLUMNS // 8, 4, 2)), (r, COLUMNS))
 
 
 @triton.jit

@@ -108,7 +108,7 @@ class EngineSuite:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
     def test_masks_in_lower_precision(self, mask_shape: Shape, dtype: torch.dtype) -> None:
-        problems = [q for form in self.forms for q in self.draw(mask_shape, dtype, form, draws=2)]
+        problems = [q for form in self.forms for q in self.draw(mask_shape, dtype, form, draws=6)]
         assert_rule(self.forward, problems)
 
     @pytest.mark.parametrize("value", [False, True], ids=["nothing hidden", "all hidden"])
