@@ -9,8 +9,9 @@ It also ignores `input_precision`. After `install()`:
   core does (Triton hands it the raw bits); "ieee" and "tf32x3" multiply them as they are;
 - any other bf16 arithmetic raises; loads, stores, `where` and changes of shape only move the bits, and work.
 
-It is also several times as fast: out of the box, every call of a device function patches the whole of the kernel
-language, which takes longer than most such functions do. Here each module's is patched once per launch.
+It is also many times as fast: out of the box, every call of a device function patches the whole of the kernel
+language, which takes longer than most such functions do, and all arithmetic of integers is done once more in 64 bits,
+whose result nobody looks at. Here each module is patched once per launch, and overflow is looked for where it counts.
 
 All of it patches private classes, so `install()` first checks that they are as in Triton 3.3 to 3.9.
 """
@@ -58,6 +59,10 @@ def install() -> None:
     InterpreterBuilder.get_bf16 = lambda self, value: _cast(self, self.get_fp32(value), tl.bfloat16)
     InterpreterBuilder.create_dot = _honest_dot(InterpreterBuilder.create_dot)
     interpreter._patch_lang = _once_per_launch(interpreter._patch_lang)
+    interpreter._get_np_dtype = _once_per_dtype(interpreter._get_np_dtype)
+    builder = interpreter.interpreter_builder
+    # Without `debug`, what is found is not reported.
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     InterpreterBuilder._honest = True
 
 
@@ -120,6 +125,17 @@ def _once_per_launch(patch_lang: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return scope
 
     return patch
+
+
+def _once_per_dtype(get_np_dtype: Callable[[Any], np.dtype]) -> Callable[[Any], np.dtype]:
+    """`get_np_dtype`, which makes a table of all dtypes at every call, but remembering those of numbers."""
+    of_numbers = functools.cache(get_np_dtype)
+
+    @functools.wraps(get_np_dtype)
+    def remembered(dtype: Any) -> np.dtype:
+        return of_numbers(dtype.scalar) if type(dtype.scalar) is tl.dtype else get_np_dtype(dtype)
+
+    return remembered
 
 
 def _is_bf16(value: object) -> bool:

@@ -282,10 +282,11 @@ class EngineSuite:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=short)
     def test_extreme_logits(self, dtype: torch.dtype) -> None:
-        """Logits up to 1e4. A near tie turns on one rounding, so the error is that of 64 draws together."""
+        """Logits up to 1e4. A near tie turns on one rounding, so the error is that of 64 draws together; fp64 is not
+        compared with another's luck, and far from its bound."""
         b, f, e, h = self.extreme_shape
         problems = []
-        for problem in self.draw(self.extreme_shape, dtype, draws=64):
+        for problem in self.draw(self.extreme_shape, dtype, draws=16 if dtype == torch.float64 else 64):
             p = problem.p
             q = torch.nn.functional.linear(problem.x.double(), p.w_q.double(), p.b_q.double())
             k = torch.nn.functional.linear(problem.x.double(), p.w_k.double())

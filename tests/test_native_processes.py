@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -113,7 +114,14 @@ def test_two_processes_compile_at_once(cache: Path) -> None:
         check("native")
     """
     ready = [cache.parent / "one", cache.parent / "two"]
-    finish(*(start(code, *order, AUTOINT_FAST_CACHE=str(cache)) for order in (ready, ready[::-1])))
+    # Each compiles for half as long: what meets in the cache is all that counts here.
+    made_by = native_build.compiler()
+    assert made_by is not None
+    hasty = cache.parent / "c++"
+    hasty.write_text(f'#!/bin/sh\nexec {shlex.join(made_by.command)} "$@" -O0\n')
+    hasty.chmod(0o755)
+    variables = {"AUTOINT_FAST_CACHE": str(cache), "CXX": str(hasty)}
+    finish(*(start(code, *order, **variables) for order in (ready, ready[::-1])))
     left = list(cache.iterdir())
     assert len(left) == 1 and left[0].suffix == ".so" and native_build._sound(left[0])
 

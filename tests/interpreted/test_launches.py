@@ -12,12 +12,16 @@ from torch import Tensor
 
 from autoint_fast import InteractingLayer
 from autoint_fast.kernels import triton_engine, triton_resident, triton_streaming
-from autoint_fast.kernels.triton_launch import Config, Launch, packed_samples
+from autoint_fast.kernels.triton_launch import Config, Launch, packed_samples, reduce_launch
 from autoint_fast.weights import (
     BARE,
     IDENTITY,
     MERGED,
+    NEED_BIAS,
     NEED_INPUT,
+    NEED_RESIDUAL,
+    NEED_SCORES,
+    NEED_VALUES,
     NEED_WEIGHTS,
     NO_RESIDUAL,
     PROJECTION,
@@ -215,6 +219,22 @@ def test_backward_cuts(rows: int, keys: int, precision: str) -> None:
     )
     assert_near("gradient of x", d_x, case.d_x, TOLERANCE[precision])
     assert_near("gradient of the weights", d_packed, case.d_packed, TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("needs", [NEED_WEIGHTS, NEED_SCORES, NEED_VALUES, NEED_RESIDUAL, NEED_BIAS])
+@pytest.mark.parametrize("programs", [1, 512, 700])
+def test_reduction(programs: int, needs: int) -> None:
+    """In the tiles that it has on a GPU: one that is not full, one that is, and more than one."""
+    layout = Layout(2, 5, 5, 5)
+    needed = torch.zeros(layout.numel, dtype=torch.bool)
+    parts_of = {NEED_SCORES: ("a", "c", "k"), NEED_VALUES: ("v", "m"), NEED_RESIDUAL: ("r",), NEED_BIAS: ("b", "g")}
+    for bit, names in parts_of.items():
+        for name in names:
+            getattr(layout.parts(needed), name).fill_(bool(needs & bit))
+    partial = torch.randn(programs, layout.numel, dtype=torch.float64).where(needed, torch.nan)
+    total = torch.full_like(partial[0], torch.nan)
+    reduce_launch(partial, total, layout, needs)()
+    assert_near("sum", total, partial.sum(0).where(needed, 0.0), TOLERANCE["ieee"])
 
 
 @pytest.mark.parametrize(("fields", "mask"), [(1, "none"), (2, "keys"), (3, "pairs"), (7, "keys"), (8, "none")])
