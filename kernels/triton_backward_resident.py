@@ -889,7 +889,7 @@ def backward_resident(
                 )  # fmt: skip
         if OUTPUT == MERGED and RESIDUAL == PROJECTION:
             # In a branch, which is always taken: else the heads' dots would share what these load, and keep it.
-            if PRECISION != "fp16x2" or nought == 0:
+            if PRECISION != "fp16x2" or nb <= 2 or nought == 0:
                 d_x_tiles = _differentiate_residual(
                     d_x_tiles, x_tiles, d_y_tiles, d_y_factors, 0, units, part, folded, E, O, HEAD_OUT, AT_R, PACK,
                     NEED_INPUT, NEED_RESIDUAL, PRECISION,
