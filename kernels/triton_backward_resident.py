@@ -23,7 +23,6 @@ from .triton_math import (
     _constant,
     block_pointers,
     finite,
-    from_quads,
     hide,
     load_block,
     load_ceiling,
@@ -31,11 +30,9 @@ from .triton_math import (
     load_vector,
     own_keys,
     poison,
-    quad_order,
     row_offsets,
     row_reference,
     row_scale,
-    to_quads,
 )
 from .triton_unshifted import across_rows, ones_of, sums_of_rows
 
@@ -99,17 +96,49 @@ def _transposed(parts):
     return turned
 
 
-@triton.jit
-def _exchanged(parts):
-    """Parts [16, 16], rows 2 and 8, 3 and 9, 6 and 12, 7 and 13 exchanged.
+# fp32 tensors: x, dy and weights stand in shared memory, and blocks of rows load them from there: registers are what is
+# short. The compiler sends an operand there where two bits of its rows and columns change between a thread's registers
+# and its lane; where one does, it sends it through a dozen of shuffles, and keeps it. So rows are loaded in the order
+# below, which costs nothing. Of products, those of a sum over rows are exchanged, in both operands; or, where the other
+# operand is x or dy, the columns, which are then those of the sum.
 
-    Two operands of a sum over rows may have theirs in any order, if in the same. In this one the compiler sends them
-    through shared memory, which is two instructions for a transpose; in the natural order, by a dozen of shuffles.
-    """
+
+@triton.jit
+def _exchanged(i):
+    """i from 0 to 15, its bits 2 and 3 exchanged; its own inverse."""
+    return i % 4 + i // 8 * 4 + i // 4 % 2 * 8
+
+
+@triton.jit
+def _loading_order(PRECISION: tl.constexpr):
+    """The order in which 16 rows of a tensor are loaded: `_rows_exchanged` restores the natural one."""
+    i = tl.arange(0, BLOCK)
+    if PRECISION != "ieee":
+        i = _exchanged(i)
+    return i
+
+
+@triton.jit
+def _rows_exchanged(parts, PRECISION: tl.constexpr):
+    """Parts [16, C] of fp32 tensors, their rows in the order `_exchanged`."""
+    if PRECISION == "ieee":
+        return parts
     exchanged = ()
     for k in tl.static_range(len(parts)):
-        t = tl.permute(tl.reshape(parts[k], (2, 2, 2, 2, parts[k].shape[1])), (2, 1, 0, 3, 4))
+        t = tl.permute(tl.reshape(parts[k], (2, 2, 4, parts[k].shape[1])), (1, 0, 2, 3))
         exchanged = exchanged + (tl.reshape(t, (BLOCK, parts[k].shape[1])),)
+    return exchanged
+
+
+@triton.jit
+def _columns_exchanged(parts, PRECISION: tl.constexpr):
+    """Parts [16, 16] of fp32 tensors, their columns in the order `_exchanged`."""
+    if PRECISION == "ieee":
+        return parts
+    exchanged = ()
+    for k in tl.static_range(len(parts)):
+        t = tl.permute(tl.reshape(parts[k], (BLOCK, 2, 2, 4)), (0, 2, 1, 3))
+        exchanged = exchanged + (tl.reshape(t, (BLOCK, BLOCK)),)
     return exchanged
 
 
@@ -119,35 +148,16 @@ def _product(
     RESTS: tl.constexpr = False,
 ):  # fmt: skip
     """acc + a b of operands, or of their transposes. RESTS: as for `multiply_halves`."""
-    if PRECISION == "ieee":
-        left, right = a[0], b[0]
-        if TURN_A:
-            left = tl.trans(left)
-        if TURN_B:
-            right = tl.trans(right)
-        return tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
-    elif TURN_A:
-        rows = _exchanged(a)
+    left, right = a, b
+    if TURN_A:
         left = ()
-        for k in tl.static_range(len(rows)):
-            left = left + (tl.trans(rows[k]),)
-        return multiply_halves(left, _exchanged(b), acc, RESTS)
-    elif TURN_B:
-        return multiply_halves(a, _transposed(b), acc, RESTS)
-    else:
-        return multiply_halves(a, b, acc, RESTS)
-
-
-@triton.jit
-def _in_quads(parts, PRECISION: tl.constexpr):
-    """Parts [R, 16] of fp32 tensors, their columns in the order `quad_order`."""
-    if PRECISION == "ieee":
-        return parts
-    else:
-        renamed = ()
-        for k in tl.static_range(len(parts)):
-            renamed = renamed + (to_quads(parts[k]),)
-        return renamed
+        for k in tl.static_range(len(a)):
+            left = left + (tl.trans(a[k]),)
+    if TURN_B:
+        right = ()
+        for k in tl.static_range(len(b)):
+            right = right + (tl.trans(b[k]),)
+    return multiply_halves(left, right, acc, RESTS)
 
 
 @triton.jit
@@ -229,35 +239,36 @@ def _add(pointers, t, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    pointer, block, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, QUAD_ROWS: tl.constexpr = False,
-    QUAD_COLUMNS: tl.constexpr = False,
+    pointer, block, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_EXCHANGED: tl.constexpr = False,
+    COLUMNS_EXCHANGED: tl.constexpr = False,
 ):  # fmt: skip
-    """pointer[:ROWS, :COLUMNS] += block [16, 16] of a row-major matrix. QUAD: in the order `quad_order`.
+    """pointer[:ROWS, :COLUMNS] += block [16, 16] of a row-major matrix. EXCHANGED: in the order `_exchanged`.
 
-    In pairs of columns, or in fours, which are a load and a store of the thread that has them, with no way through
-    shared memory.
+    In pairs of columns, which are a load and a store of the thread that has them, with no way through shared memory.
     """
     i = tl.arange(0, BLOCK)
-    if QUAD_ROWS:
-        i = quad_order(i)
+    if ROWS_EXCHANGED:
+        i = _exchanged(i)
+    halves = _halves(block)
     masked: tl.constexpr = ROWS % BLOCK != 0 or COLUMNS % BLOCK != 0
-    if QUAD_COLUMNS:
-        j = tl.arange(0, BLOCK)
-        inside = (i[:, None] < ROWS) & (j[None, :] < COLUMNS)
-        _add(block_pointers(pointer, 0, 0, i, j, stride), from_quads(block), inside, masked)
-    else:
-        j = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
-        halves = _halves(block)
-        for k in tl.static_range(2):
-            pointers = block_pointers(pointer, 0, k * 8, i, j, stride)
-            _add(pointers, halves[k], (i[:, None] < ROWS) & (j[None, :] < COLUMNS - k * 8), masked)
+    half: tl.constexpr = 4 if COLUMNS_EXCHANGED else 8
+    for k in tl.static_range(2):
+        j = tl.arange(0, 8)
+        if COLUMNS_EXCHANGED:
+            j = _exchanged(j)
+        j = tl.max_contiguous(tl.multiple_of(j, 2), 2)
+        pointers = block_pointers(pointer, 0, k * half, i, j, stride)
+        _add(pointers, halves[k], (i[:, None] < ROWS) & (j[None, :] < COLUMNS - k * half), masked)
 
 
 @triton.jit
-def _accumulate_sums(pointer, sums, SIZE: tl.constexpr):
+def _accumulate_sums(pointer, sums, SIZE: tl.constexpr, EXCHANGED: tl.constexpr = False):
     """pointer[:SIZE] += sums [16, 8], whose columns are all alike. Each of a row's four threads, of one warp, does the
-    same."""
-    i = tl.max_contiguous(tl.arange(0, BLOCK), 1)
+    same. EXCHANGED: in the order `_exchanged`."""
+    i = tl.arange(0, BLOCK)
+    if EXCHANGED:
+        i = _exchanged(i)
+    i = tl.max_contiguous(i, 1)
     pointers = block_pointers(pointer, 0, 0, i, tl.arange(0, 4) * 0, 1)
     inside = tl.broadcast_to(i[:, None] < SIZE, (BLOCK, 4))
     _add(pointers, sums_of_rows(sums), inside, SIZE % BLOCK != 0)
@@ -279,21 +290,12 @@ def _load_output_tiles(
     """dy of a head, or of all, as tiles [16, 16]."""
     d_y = ()
     for k in tl.static_range(NB):
-        rows = k * BLOCK + tl.arange(0, BLOCK)
+        rows = k * BLOCK + _loading_order(PRECISION)
         d_y_k = load_output_gradient(
             grad, relu_mask, rows, first, nought, tile, batch, d_sb, d_sf, d_so, F, O, WIDTH, HEAD_OUT, PACK, RELU
         )
-        d_y = d_y + _in_quads(d_y_k, PRECISION)
+        d_y = d_y + _rows_exchanged(d_y_k, PRECISION)
     return d_y
-
-
-@triton.jit
-def _order(i, PRECISION: tl.constexpr):
-    """The order of columns of x, dy and what is made of them."""
-    if PRECISION == "ieee":
-        return i
-    else:
-        return quad_order(i)
 
 
 @triton.jit
@@ -307,14 +309,13 @@ def _load_head(
     No score exceeds |x|^2 |a_h| + |x| |c_h|, with Frobenius' norm of a_h.
     """
     i = tl.arange(0, BLOCK)
-    order = _order(i, PRECISION)
-    block = load_block(weights + h * D, 0, 0, order, i, H * D, E, D)
-    c = load_vector(weights + E * H * D + h * D, 0, order, D)
-    a = _in_quads((block,), PRECISION)[0]
+    order = _loading_order(PRECISION)
+    a = _rows_exchanged((load_block(weights + h * D, 0, 0, order, i, H * D, E, D),), PRECISION)[0]
+    c = load_vector(weights + E * H * D + h * D, 0, i, D)
     m = a
     if OUTPUT != BARE:
         m = load_block(weights + AT_M + h * D * HEAD_OUT, 0, 0, order, i, HEAD_OUT, D, HEAD_OUT)
-        m = _in_quads((m,), PRECISION)[0]
+        m = _rows_exchanged((m,), PRECISION)[0]
     safe = SAFE_SCORE
     if DTYPE.is_fp16():
         safe = SAFE_SCORE_FP16
@@ -326,7 +327,7 @@ def _load_head(
         natural = ((a * LN2).to(DTYPE),)
         natural_c = c * LN2
     else:
-        natural, natural_c = _operand(block, a_scale, DTYPE, PRECISION), c
+        natural, natural_c = a_operand, c
     return a_operand, c, natural, natural_c, _operand(m, w_scale, DTYPE, PRECISION), longest_safe
 
 
@@ -382,15 +383,65 @@ def _add_rows(total, t, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _differentiate_columns(
+def _output_operands(d_y, units, PACK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Tiles of dy as operands, and the same as factors of weight gradients."""
+    x_unit, (y_scale, y_unit), _, _ = units
+    factor, _ = _common(x_unit * y_unit, PACK, PRECISION)
+    tiles = ()
+    factors = ()
+    for k in tl.static_range(len(d_y)):
+        tiles = tiles + (_operand(d_y[k], y_scale, DTYPE, PRECISION),)
+        factors = factors + (_operand(d_y[k], y_scale * factor, DTYPE, PRECISION),)
+    return tiles, factors
+
+
+@triton.jit
+def _differentiate_residual(
     d_x,  # tiles of the sample's rows [16, 16]
     x_tiles,
-    d_y,
+    d_y,  # as operands
+    d_y_factors,  # the same, as factors of weight gradients
     first_out,
-    ceilings,
     units,
     partial,
     weights,
+    E: tl.constexpr,
+    O: tl.constexpr,
+    HEAD_OUT: tl.constexpr,
+    AT_R: tl.constexpr,
+    PACK: tl.constexpr,
+    NEED_INPUT: tl.constexpr,
+    NEED_RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds to dx and dr what dy of the output's columns from `first_out` on gives through their projected residual."""
+    x_unit, (_, y_unit), (w_scale, _), _ = units
+    dtype: tl.constexpr = x_tiles[0][0].dtype
+    acc: tl.constexpr = weights.dtype.element_ty
+    i = tl.arange(0, BLOCK)
+    if NEED_INPUT:
+        into_z, _, _ = _factors(PRECISION)
+        r = load_block(weights + AT_R + first_out, 0, 0, _loading_order(PRECISION), i, O, E, HEAD_OUT)
+        r = _operand(_rows_exchanged((r,), PRECISION)[0], w_scale * into_z, dtype, PRECISION)
+        added = ()
+        for k in tl.static_range(len(d_x)):
+            added = added + (_product(d_y[k], r, d_x[k], PRECISION, False, True, True),)
+        d_x = added
+    if NEED_RESIDUAL:
+        d_r = tl.zeros((BLOCK, BLOCK), acc)
+        for k in tl.static_range(len(d_y)):
+            d_r = _product(x_tiles[k], d_y_factors[k], d_r, PRECISION, True)
+        _, unit = _common(x_unit * y_unit, PACK, PRECISION)
+        _accumulate(partial + AT_R + first_out, d_r * unit, O, E, HEAD_OUT)
+    return d_x
+
+
+@triton.jit
+def _differentiate_bias(
+    d_y,
+    first_out,
+    ceilings,
+    partial,
     mask,
     tile,
     batch,
@@ -398,71 +449,41 @@ def _differentiate_columns(
     m_sq,
     m_sk,
     F: tl.constexpr,
-    E: tl.constexpr,
     O: tl.constexpr,
     HEAD_OUT: tl.constexpr,
-    AT_R: tl.constexpr,
     AT_B: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PACK: tl.constexpr,
     MASK: tl.constexpr,
-    NEED_INPUT: tl.constexpr,
-    NEED_RESIDUAL: tl.constexpr,
-    NEED_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What dy of the output's columns from `first_out` on, in tiles, gives to dx through their projected residual, to
-    dr, db and dg. Returns dy as operands, the same as factors of weight gradients, and dx."""
-    x_unit, (y_scale, y_unit), (w_scale, _), _ = units
+    """Adds to db and dg what dy of the output's columns from `first_out` on, in tiles, gives."""
     scaled: tl.constexpr = PRECISION != "ieee"
-    dtype: tl.constexpr = x_tiles[0][0].dtype
-    acc: tl.constexpr = weights.dtype.element_ty
+    acc: tl.constexpr = partial.dtype.element_ty
     i = tl.arange(0, BLOCK)
-    into_z, _, _ = _factors(PRECISION)
-    factor, product_unit = _common(x_unit * y_unit, PACK, PRECISION)
-    d_y_tiles = ()
-    d_y_factors = ()
+    if MASK == MASK_KEYS and PACK == 1:
+        top = tl.full((1, BLOCK), NEG_INF, acc)
+        for k in tl.static_range(len(ceilings)):
+            top = tl.maximum(top, tl.where((k * BLOCK + i < F)[None, :], ceilings[k], NEG_INF))
+        sees = tl.max(top, 1) > NEG_INF
+    d_b = tl.zeros((BLOCK, BLOCK if scaled else ONES), acc)
+    d_g = d_b
     for k in tl.static_range(len(d_y)):
-        d_y_tiles = d_y_tiles + (_operand(d_y[k], y_scale, dtype, PRECISION),)
-        d_y_factors = d_y_factors + (_operand(d_y[k], y_scale * factor, dtype, PRECISION),)
-    if NEED_INPUT and RESIDUAL == PROJECTION:
-        r = load_block(weights + AT_R + first_out, 0, 0, _order(i, PRECISION), i, O, E, HEAD_OUT)
-        r = _operand(_in_quads((r,), PRECISION)[0], w_scale * into_z, dtype, PRECISION)
-        added = ()
-        for k in tl.static_range(len(d_x)):
-            added = added + (_product(d_y_tiles[k], r, d_x[k], PRECISION, False, True, True),)
-        d_x = added
-    if NEED_RESIDUAL and RESIDUAL == PROJECTION:
-        d_r = tl.zeros((BLOCK, BLOCK), acc)
-        for k in tl.static_range(len(d_y)):
-            d_r = _product(x_tiles[k], d_y_factors[k], d_r, PRECISION, True)
-        _accumulate(partial + AT_R + first_out, d_r * product_unit, O, E, HEAD_OUT, scaled, scaled)
-    if NEED_BIAS:
-        if MASK == MASK_KEYS and PACK == 1:
-            top = tl.full((1, BLOCK), NEG_INF, acc)
-            for k in tl.static_range(len(ceilings)):
-                top = tl.maximum(top, tl.where((k * BLOCK + i < F)[None, :], ceilings[k], NEG_INF))
-            sees = tl.max(top, 1) > NEG_INF
-        d_b = tl.zeros((BLOCK, BLOCK if scaled else ONES), acc)
+        d_b = _add_rows(d_b, d_y[k], PRECISION)
+        if MASK != MASK_NONE:
+            rows = k * BLOCK + i
+            if MASK == MASK_KEYS and PACK == 1:
+                seen = tl.broadcast_to(sees, (BLOCK,))
+            else:
+                seen = sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
+            d_g = _add_rows(d_g, tl.where(seen[:, None], d_y[k], 0.0).to(d_y[k].dtype), PRECISION)
+    if MASK == MASK_NONE:
         d_g = d_b
-        for k in tl.static_range(len(d_y)):
-            d_b = _add_rows(d_b, d_y[k], PRECISION)
-            if MASK != MASK_NONE:
-                rows = k * BLOCK + i
-                if MASK == MASK_KEYS and PACK == 1:
-                    seen = tl.broadcast_to(sees, (BLOCK,))
-                else:
-                    seen = sees_a_key(mask, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
-                d_g = _add_rows(d_g, tl.where(seen[:, None], d_y[k], 0.0).to(d_y[k].dtype), PRECISION)
-        if MASK == MASK_NONE:
-            d_g = d_b
-        if scaled:
-            _accumulate_vector(partial + AT_B + first_out, tl.sum(from_quads(d_b), 0), HEAD_OUT)
-            _accumulate_vector(partial + AT_B + O + first_out, tl.sum(from_quads(d_g), 0), HEAD_OUT)
-        else:
-            _accumulate_sums(partial + AT_B + first_out, d_b, HEAD_OUT)
-            _accumulate_sums(partial + AT_B + O + first_out, d_g, HEAD_OUT)
-    return d_y_tiles, d_y_factors, d_x
+    if scaled:
+        _accumulate_vector(partial + AT_B + first_out, tl.sum(d_b, 0), HEAD_OUT)
+        _accumulate_vector(partial + AT_B + O + first_out, tl.sum(d_g, 0), HEAD_OUT)
+    else:
+        _accumulate_sums(partial + AT_B + first_out, d_b, HEAD_OUT)
+        _accumulate_sums(partial + AT_B + O + first_out, d_g, HEAD_OUT)
 
 
 @triton.jit
@@ -592,7 +613,8 @@ def _differentiate_head(
         if scaled:
             tl.debug_barrier()
         if into_values:
-            d_m = _product(_operand(z, 1.0, dtype, PRECISION), d_y_factors[r], d_m, PRECISION, True)
+            z_tile = _columns_exchanged(_operand(z, 1.0, dtype, PRECISION), PRECISION)
+            d_m = _product(z_tile, d_y_factors[r], d_m, PRECISION, True)
         if through_head:
             if OUTPUT == BARE:
                 d_z = _sum_of(d_y[r], acc) * w_scale
@@ -601,10 +623,11 @@ def _differentiate_head(
             d_z = _known(d_z * (scale * into_z), d_z, LAST if r == nb - 1 else BLOCK)
             d_z_tile = _operand(d_z, 1.0, dtype, PRECISION)
             if NEED_INPUT:
-                d_z_right = _finite(d_z_tile, PACK, acc)
+                d_z_right = _rows_exchanged(_finite(d_z_tile, PACK, acc), PRECISION)
                 added = ()
                 for k in tl.static_range(nb):
-                    added = added + (_product(p_right[k], d_z_right, d_x[k], PRECISION, True),)
+                    left = _rows_exchanged(p_right[k], PRECISION)
+                    added = added + (_product(left, d_z_right, d_x[k], PRECISION, True),)
                 d_x = added
             if scaled:
                 tl.debug_barrier()
@@ -645,6 +668,8 @@ def _differentiate_head(
                 d_a_tile = _operand(d_q, d_a_factor, dtype, PRECISION)
                 d_c_tile = _operand(d_q, d_c_factor, dtype, PRECISION)
                 if scaled:
+                    d_a_tile = _columns_exchanged(d_a_tile, PRECISION)
+                    d_c_tile = _columns_exchanged(d_c_tile, PRECISION)
                     d_a = _product(x_tiles[r], d_a_tile, d_a, PRECISION, True)
                 else:
                     d_a = _product(x_tiles[r], _transposed(d_a_tile), d_a, PRECISION, True, True)
@@ -653,7 +678,7 @@ def _differentiate_head(
                 tl.debug_barrier()
             if NEED_INPUT:
                 if scaled:
-                    q_right = _finite(q, PACK, acc)
+                    q_right = _rows_exchanged(_finite(q, PACK, acc), PRECISION)
                 else:
                     # Transposed from the start: it is a right operand then, and loses log2(e) without a multiplication.
                     start = tl.broadcast_to(natural_c[:, None], (BLOCK, BLOCK))
@@ -663,10 +688,11 @@ def _differentiate_head(
                 added = ()
                 for k in tl.static_range(nb):
                     d_x_k = d_x[k]
+                    left = _rows_exchanged(d_s[k], PRECISION)
                     if scaled:
-                        d_x_k += _product(d_s[k], q_right, nothing, PRECISION, True) * key_factor
+                        d_x_k += _product(left, q_right, nothing, PRECISION, True) * key_factor
                     else:
-                        d_x_k = _product(d_s[k], q_right, d_x_k, PRECISION, True)
+                        d_x_k = _product(left, q_right, d_x_k, PRECISION, True)
                     if k == r and scaled:
                         d_x_k += _product(d_q_tile, natural_a, nothing, PRECISION, False, True) * query_factor
                     elif k == r:
@@ -680,10 +706,10 @@ def _differentiate_head(
         else:
             d_a *= LN2
             d_c *= LN2
-        _accumulate(partial + h * D, d_a, H * D, E, D, scaled)
-        _accumulate_sums(partial + E * H * D + h * D, d_c, D)
+        _accumulate(partial + h * D, d_a, H * D, E, D, False, scaled)
+        _accumulate_sums(partial + E * H * D + h * D, d_c, D, scaled)
     if into_values:
-        _accumulate(partial + AT_M + h * D * HEAD_OUT, d_m * d_m_unit, HEAD_OUT, D, HEAD_OUT, False, scaled)
+        _accumulate(partial + AT_M + h * D * HEAD_OUT, d_m * d_m_unit, HEAD_OUT, D, HEAD_OUT, scaled)
     return d_x
 
 
@@ -759,7 +785,8 @@ def backward_resident(
     ones = ()
     for k in tl.static_range(nb):
         # For packed samples, whose P between samples is zero, all.
-        ones = ones + (ones_of(k * BLOCK + i, F if PACK == 1 else BLOCK, nb * BLOCK, operand_dtype),)
+        keys = k * BLOCK + i if (k + 1) * BLOCK > F else i  # full tiles share one
+        ones = ones + (ones_of(keys, F if PACK == 1 else BLOCK, nb * BLOCK, operand_dtype),)
     heads = ()
     if HOIST:
         for h in tl.static_range(H):
@@ -771,8 +798,13 @@ def backward_resident(
         folded = weights
         if scaled:
             # Addresses are computed for each tile: kept, they would take more registers than there are.
-            part += tl.cast(nought, tl.int64) * tile
-            folded += tl.cast(nought, tl.int64) * tile
+            unknown_zero = tl.cast(nought, tl.int64) * tile
+            part += unknown_zero
+            folded += unknown_zero
+        x_row, d_row = x_sf, d_sf
+        if PRECISION == "fp16x2":
+            x_row += unknown_zero
+            d_row += unknown_zero
         raw = ()
         x_tiles = ()
         values = ()
@@ -780,7 +812,9 @@ def backward_resident(
         longest = tl.zeros((8, 8), acc)
         for k in tl.static_range(nb):
             rows = k * BLOCK + i
-            raw = raw + (load_rows(x, rows, 0, tile, batch, x_sb, x_sf, x_se, F, E, PACK),)
+            loaded = k * BLOCK + _loading_order(PRECISION)
+            x_k = load_rows(x, loaded, 0, tile, batch, x_sb, x_row, x_se, F, E, PACK)
+            raw = raw + _rows_exchanged((x_k,), PRECISION)
             if MASK != MASK_PAIRS:
                 ceiling = load_ceiling(mask, i, rows, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
                 ceilings = ceilings + (ceiling,)
@@ -791,7 +825,6 @@ def backward_resident(
         for k in tl.static_range(nb):
             x_k = _operand(raw[k], x_scale, operand_dtype, PRECISION)
             values = values + (_finite(x_k, PACK, acc),)
-            x_k = _in_quads(x_k, PRECISION)
             x_tiles = x_tiles + (x_k,)
             if not scaled:
                 longest = tl.maximum(longest, _diagonals(_product(x_k, x_k, nothing, PRECISION, False, True)))
@@ -807,7 +840,7 @@ def backward_resident(
                 tile,
                 batch,
                 d_sb,
-                d_sf,
+                d_row,
                 d_so,
                 F,
                 O,
@@ -826,7 +859,7 @@ def backward_resident(
                 largest_y = tl.zeros_like(_largest_of_samples(raw, PACK))
                 for h in tl.range(H):
                     d_y_h = _load_output_tiles(
-                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
+                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_row, d_so, F, O, HEAD_OUT, HEAD_OUT,
                         nb, PACK, RELU, PRECISION,
                     )  # fmt: skip
                     largest_y = tl.maximum(largest_y, _largest_of_samples(d_y_h, PACK))
@@ -848,23 +881,38 @@ def backward_resident(
         d_y_tiles = ()
         d_y_factors = ()
         if OUTPUT == MERGED:
-            d_y_tiles, d_y_factors, d_x_tiles = _differentiate_columns(
-                d_x_tiles, x_tiles, d_y, 0, ceilings, units, part, folded, mask, tile, batch, m_sb, m_sq, m_sk, F,
-                E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK, MASK, NEED_INPUT, NEED_RESIDUAL, NEED_BIAS, PRECISION,
-            )  # fmt: skip
+            d_y_tiles, d_y_factors = _output_operands(d_y, units, PACK, operand_dtype, PRECISION)
+            if NEED_BIAS:
+                _differentiate_bias(
+                    d_y, 0, ceilings, part, mask, tile, batch, m_sb, m_sq, m_sk, F, O, HEAD_OUT, AT_B, PACK, MASK,
+                    PRECISION,
+                )  # fmt: skip
+        if OUTPUT == MERGED and RESIDUAL == PROJECTION:
+            # In a branch, which is always taken: else the heads' dots would share what these load, and keep it.
+            if PRECISION != "fp16x2" or nb <= 2 or nought == 0:
+                d_x_tiles = _differentiate_residual(
+                    d_x_tiles, x_tiles, d_y_tiles, d_y_factors, 0, units, part, folded, E, O, HEAD_OUT, AT_R, PACK,
+                    NEED_INPUT, NEED_RESIDUAL, PRECISION,
+                )  # fmt: skip
         if HOIST:
             for h in tl.static_range(H):
                 tiles_h, factors_h = d_y_tiles, d_y_factors
                 if OUTPUT != MERGED:
                     d_y_h = _load_output_tiles(
-                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
+                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_row, d_so, F, O, HEAD_OUT, HEAD_OUT,
                         nb, PACK, RELU, PRECISION,
                     )  # fmt: skip
-                    tiles_h, factors_h, d_x_tiles = _differentiate_columns(
-                        d_x_tiles, x_tiles, d_y_h, h * HEAD_OUT, ceilings, units, part, folded, mask, tile, batch,
-                        m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK, MASK, NEED_INPUT,
-                        NEED_RESIDUAL, NEED_BIAS, PRECISION,
-                    )  # fmt: skip
+                    tiles_h, factors_h = _output_operands(d_y_h, units, PACK, operand_dtype, PRECISION)
+                    if NEED_BIAS:
+                        _differentiate_bias(
+                            d_y_h, h * HEAD_OUT, ceilings, part, mask, tile, batch, m_sb, m_sq, m_sk, F, O, HEAD_OUT,
+                            AT_B, PACK, MASK, PRECISION,
+                        )  # fmt: skip
+                    if RESIDUAL == PROJECTION:
+                        d_x_tiles = _differentiate_residual(
+                            d_x_tiles, x_tiles, tiles_h, factors_h, h * HEAD_OUT, units, part, folded, E, O, HEAD_OUT,
+                            AT_R, PACK, NEED_INPUT, NEED_RESIDUAL, PRECISION,
+                        )  # fmt: skip
                 if through_heads:
                     d_x_tiles = _differentiate_head(
                         d_x_tiles, x_tiles, values, ones, tiles_h, factors_h, ceilings, bad, units, heads[h],
@@ -876,14 +924,20 @@ def backward_resident(
                 tiles_h, factors_h = d_y_tiles, d_y_factors
                 if OUTPUT != MERGED:
                     d_y_h = _load_output_tiles(
-                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT,
+                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_row, d_so, F, O, HEAD_OUT, HEAD_OUT,
                         nb, PACK, RELU, PRECISION,
                     )  # fmt: skip
-                    tiles_h, factors_h, d_x_tiles = _differentiate_columns(
-                        d_x_tiles, x_tiles, d_y_h, h * HEAD_OUT, ceilings, units, part, folded, mask, tile, batch,
-                        m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK, MASK, NEED_INPUT,
-                        NEED_RESIDUAL, NEED_BIAS, PRECISION,
-                    )  # fmt: skip
+                    tiles_h, factors_h = _output_operands(d_y_h, units, PACK, operand_dtype, PRECISION)
+                    if NEED_BIAS:
+                        _differentiate_bias(
+                            d_y_h, h * HEAD_OUT, ceilings, part, mask, tile, batch, m_sb, m_sq, m_sk, F, O, HEAD_OUT,
+                            AT_B, PACK, MASK, PRECISION,
+                        )  # fmt: skip
+                    if RESIDUAL == PROJECTION:
+                        d_x_tiles = _differentiate_residual(
+                            d_x_tiles, x_tiles, tiles_h, factors_h, h * HEAD_OUT, units, part, folded, E, O, HEAD_OUT,
+                            AT_R, PACK, NEED_INPUT, NEED_RESIDUAL, PRECISION,
+                        )  # fmt: skip
                 if through_heads:
                     head = _load_head(
                         folded, h, a_scale, w_scale, E, H, D, HEAD_OUT, AT_M, OUTPUT, operand_dtype, PRECISION
@@ -896,10 +950,18 @@ def backward_resident(
         if NEED_INPUT:
             for k in tl.static_range(nb):
                 offsets, exists = row_offsets(k * BLOCK + i, tile, batch, F * E, E, F, PACK)
-                inside = exists[:, None]
-                if E % BLOCK != 0:
-                    inside = inside & (i[None, :] < E)
                 d_x_k = d_x_tiles[k] * d_x_unit
                 if scaled:
-                    d_x_k = from_quads(d_x_k)
-                tl.store(d_x + offsets[:, None] + i[None, :], d_x_k.to(dtype), mask=inside)
+                    # In pairs of columns, as in `_accumulate`.
+                    parts = _halves(d_x_k)
+                    for half in tl.static_range(2):
+                        j = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+                        inside = exists[:, None]
+                        if E % BLOCK != 0:
+                            inside = inside & (j[None, :] < E - half * 8)
+                        tl.store(d_x + offsets[:, None] + j[None, :] + half * 8, parts[half], mask=inside)
+                else:
+                    inside = exists[:, None]
+                    if E % BLOCK != 0:
+                        inside = inside & (i[None, :] < E)
+                    tl.store(d_x + offsets[:, None] + i[None, :], d_x_k.to(dtype), mask=inside)

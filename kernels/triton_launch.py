@@ -178,8 +178,8 @@ def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: in
             return Config(precision, resident=True, pack=pack, hoist=hoist, programs_per_sm=8, maxnreg=255)
     aligned = not factored and e == layout.head_out == BLOCK
     if precision in HALVES and aligned and n_fields <= 39 and mask_kind != MASK_PAIRS:
-        # Operands in two parts spill from 17 fields on, and beyond 32 those in one part with four heads: a quarter or
-        # a fifth of the streaming kernel's work all the same.
+        # Operands in two parts spill a few registers beyond 32 fields where the heads are many or keys are masked: a
+        # quarter of the streaming kernel's work all the same.
         return Config(HALVES[precision], resident=True, pack=pack, programs_per_sm=8, maxnreg=255)
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.

@@ -148,10 +148,10 @@ def compiled(direction: str, shape: Shape, precision: str, arch: str, mask: str 
     return compile_launch(launch_of(direction, shape, precision, arch, mask), arch)
 
 
-# Bytes of stack of the resident backward, up to Criteo's shape: operands in two parts and addresses, in full fp32; in
-# 16 bits it takes every register there is, and here and there two more.
-SPILLED = {("backward", "fp32"): 280, ("backward", "bf16"): 8}
-SPILLED_WITH_KEYS_MASKED = 432
+# Bytes of stack of the resident backward at Criteo's shape, on other architectures than sm_90 or with a mask of keys:
+# it takes every register there is, and here and there a few more.
+SPILLED = {("backward", "fp32"): 8, ("backward", "bf16"): 8}
+SPILLED_WITH_KEYS_MASKED = 24
 
 
 def assert_sound(binary: Binary, arch: str, precision: str, most_stack: int = 0) -> None:
@@ -176,9 +176,7 @@ def assert_sound(binary: Binary, arch: str, precision: str, most_stack: int = 0)
 @pytest.mark.parametrize("shape", NARROW, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_hopper(direction: str, shape: Shape, precision: str) -> None:
-    spills = precision == "fp32" and shape in (CRITEO, (24, 16, 2))
-    most_stack = SPILLED.get((direction, precision), 0) if spills else 0
-    assert_sound(compiled(direction, shape, precision, "sm_90"), "sm_90", precision, most_stack)
+    assert_sound(compiled(direction, shape, precision, "sm_90"), "sm_90", precision)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
