@@ -633,13 +633,15 @@ def backward(
                         if NEED_INPUT or NEED_SCORES:
                             _differentiate_projection(
                                 x, scratch + tile_rows * padded(E), scratch, weights + at, partial + at, rows, i,
-                                quads, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_SCORES, PRECISION,
+                                quads, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_SCORES,
+                                PRECISION,
                             )  # fmt: skip
                         at += E * H * D
                         if NEED_INPUT or NEED_VALUES:
                             _differentiate_projection(
                                 x, scratch + tile_rows * (padded(E) + padded(D)), scratch, weights + at, partial + at,
-                                rows, i, quads, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT, NEED_VALUES, PRECISION,
+                                rows, i, quads, tile, batch, x_sb, x_sf, x_se, F, E, H, D, PACK, NEED_INPUT,
+                                NEED_VALUES, PRECISION,
                             )  # fmt: skip
                     tl.debug_barrier()
         for first_row in tl.range(0, tile_rows, ROWS):

@@ -487,7 +487,8 @@ def attend_unshifted(
         )  # fmt: skip
     z, sums, row_sum, delta = _attend_keys_unshifted(
         z, sums, row_sum, delta, left, d_z_left, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se,
-        mask, tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, PRECISION, REORDER, RUN,
+        mask, tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, PRECISION, REORDER,
+        RUN,
     )  # fmt: skip
     total = sums_of_rows(sums)
     doubt = doubt_sums(doubt, total, dtype)
