@@ -362,7 +362,7 @@ def _soften(
     if not certain(doubt, dtype):
         row_max, row_sum, _, delta, z = attend(
             left, d_z_left, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-            m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC,
+            m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC, 4, True,
         )  # fmt: skip
         reference = tl.broadcast_to(row_max[:, None], (n_rows, 4))
         total = tl.broadcast_to(row_sum[:, None], (n_rows, 4))
@@ -437,7 +437,7 @@ def _differentiate_projection(
             for j in tl.static_range(len(d_y)):
                 w_t = load_transposed(weights, e, j * BLOCK, quads, i, H * D, E, D)
                 d_x_e = dot(d_y[j], w_t.to(dtype), d_x_e, PRECISION)
-            _add_block(d_x, d_x_e, 0, e, rows, padded(E), tile_rows, E)
+            _add_block(d_x, d_x_e, 0, e, rows, padded(E), tile_rows, padded(E))
 
 
 @triton.jit

@@ -37,6 +37,7 @@ from .triton_math import (
     quad_order,
     relu_words,
     reordered,
+    restoring,
     right_operand,
     row_offsets,
     row_reference,
@@ -168,7 +169,7 @@ def queries(
     weights,
     h,
     i,  # 0 to 15
-    quads,  # the same in `quad_order`, as the columns of q
+    columns,  # the same in the order that the columns of q are to have
     E: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -179,10 +180,10 @@ def queries(
     dtype: tl.constexpr = x_rows[0].dtype
     q = ()
     for j in tl.static_range(0, D, BLOCK):
-        c = load_vector(weights + E * H * D + h * D, j, quads, D)
+        c = load_vector(weights + E * H * D + h * D, j, columns, D)
         q_j = tl.broadcast_to(c[None, :], (n_rows, BLOCK))
         for e in tl.static_range(len(x_rows)):
-            a = load_block(weights + h * D, e * BLOCK, j, i, quads, H * D, E, D)
+            a = load_block(weights + h * D, e * BLOCK, j, i, columns, H * D, E, D)
             q_j = dot(x_rows[e], a.to(dtype), q_j, PRECISION)
         q = q + (q_j.to(dtype),)
     return q
@@ -190,16 +191,20 @@ def queries(
 
 @triton.jit
 def scores(
-    left,  # chunks of D [R, 16], their columns in the order of `right_operand`
+    left,  # chunks of D [R, 16]; as QUADS, their columns in the order of `right_operand`
     right,  # chunks of D [K, 16]
     start,  # [R, K]
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
+    QUADS: tl.constexpr,
 ):
     """start + left right^T, rounded as wherever P or dP is computed, or delta is not of them. [R, K]"""
     for i in tl.static_range(len(left)):
-        right_t = operands(right_operand(right[i], REORDER), PRECISION)
-        start = multiply(operands(left[i], PRECISION), right_t, start, PRECISION)
+        if QUADS:
+            right_t = right_operand(right[i], REORDER)
+        else:
+            right_t = tl.trans(right[i])
+        start = multiply(operands(left[i], PRECISION), operands(right_t, PRECISION), start, PRECISION)
     return start
 
 
@@ -267,6 +272,7 @@ def _attend_keys(
     PRECISION: tl.constexpr,
     REORDER: tl.constexpr,
     RUN: tl.constexpr,
+    QUADS: tl.constexpr,
 ):
     """One step of the online softmax, over the keys from `first` on."""
     acc: tl.constexpr = z[0].dtype
@@ -277,7 +283,7 @@ def _attend_keys(
         values, ordered = load_keys(
             values_from, first, key_tile, batch, k_sb, k_sf, k_se, F, D, KEYS, PACK, REORDER, acc, RUN
         )
-    s = scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION, REORDER)
+    s = scores(q, keys, score_start(rows, fields, F, PACK, FULL, acc), PRECISION, REORDER, QUADS)
     ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
     s = hide(s, ceiling, rows, fields, F, PACK, MASK)
     new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -289,7 +295,7 @@ def _attend_keys(
         decayed = decayed + (z[i] * decay[:, None],)
     z = weighted(as_operand(p.to(q[0].dtype), REORDER), ordered, decayed, PRECISION)
     if len(d_z) > 0:
-        d_p = scores(d_z, values, tl.zeros((q[0].shape[0], KEYS), acc), PRECISION, REORDER)
+        d_p = scores(d_z, values, tl.zeros((q[0].shape[0], KEYS), acc), PRECISION, REORDER, QUADS)
         if PACK > 1:
             d_p = tl.where(own_keys(rows, fields, F, PACK), d_p, 0.0)
         delta = delta * decay + tl.sum(p * d_p, 1)
@@ -325,7 +331,8 @@ def attend(
     REORDER: tl.constexpr,
     EXACT: tl.constexpr,
     ACC: tl.constexpr,
-    RUN: tl.constexpr = 16,
+    RUN: tl.constexpr,
+    QUADS: tl.constexpr,
 ):
     """Over every key: what was subtracted from the scores, the rows' sums and their reciprocals, and, given dz,
     delta = sum over keys of P dP [R]; and z = P values.
@@ -343,11 +350,11 @@ def attend(
     for first in tl.range(0, key_end, KEYS):
         row_max, row_sum, delta, z = _attend_keys(
             q, d_z, row_max, row_sum, delta, z, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask,
-            tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, True, PACK, MASK, PRECISION, REORDER, RUN,
+            tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, True, PACK, MASK, PRECISION, REORDER, RUN, QUADS,
         )  # fmt: skip
     row_max, row_sum, delta, z = _attend_keys(
         q, d_z, row_max, row_sum, delta, z, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask,
-        tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, False, PACK, MASK, PRECISION, REORDER, RUN,
+        tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, False, PACK, MASK, PRECISION, REORDER, RUN, QUADS,
     )  # fmt: skip
     scale = row_scale(row_sum, MASK, EXACT)
     scaled = ()
@@ -369,8 +376,7 @@ def attend(
 def _attend_keys_unshifted(
     z,  # chunks of D [R, 16]
     sums,  # [R, 8]
-    row_sum,  # [R], of a backward that wants delta
-    delta,  # the same
+    running,  # of a backward that wants delta, the sums of P and of P dP [R]; else ()
     q,  # chunks of D, operands of [R, 16]
     d_z,  # the same in a backward that wants delta, else ()
     first,
@@ -429,9 +435,8 @@ def _attend_keys_unshifted(
             p = tl.where(there, p, 0.0)
         elif THERE < KEYS:
             p = tl.where((k < THERE)[None, :], p, 0.0)
-        delta += tl.sum(p * d_p, 1)
-        row_sum += tl.sum(p, 1)
-    return z, sums, row_sum, delta
+        running = (running[0] + tl.sum(p, 1), running[1] + tl.sum(p * d_p, 1))
+    return z, sums, running
 
 
 @triton.jit
@@ -466,7 +471,7 @@ def attend_unshifted(
     ACC: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """As `attend`, without row maxima: z, the rows' sums [R, 4], delta [R], and doubt of the first two."""
+    """As `attend`, without row maxima: z, the rows' sums [R, 4], delta [R], given dz, and doubt of the first two."""
     n_rows: tl.constexpr = q[0].shape[0]
     dtype: tl.constexpr = q[0].dtype
     left = ()
@@ -478,17 +483,17 @@ def attend_unshifted(
         left = left + (operands(q[i], PRECISION),)
         z = z + (tl.zeros((n_rows, BLOCK), ACC),)
     sums = tl.zeros((n_rows, 8), ACC)
-    row_sum = tl.zeros((n_rows,), ACC)
-    delta = tl.zeros((n_rows,), ACC)
+    running = ()
+    if len(d_z) > 0:
+        running = (tl.zeros((n_rows,), ACC), tl.zeros((n_rows,), ACC))
     for first in tl.range(0, key_end, KEYS):
-        z, sums, row_sum, delta = _attend_keys_unshifted(
-            z, sums, row_sum, delta, left, d_z_left, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se,
-            mask, tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, KEYS, PACK, MASK, PRECISION, REORDER, RUN,
+        z, sums, running = _attend_keys_unshifted(
+            z, sums, running, left, d_z_left, first, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask,
+            tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, KEYS, KEYS, PACK, MASK, PRECISION, REORDER, RUN,
         )  # fmt: skip
-    z, sums, row_sum, delta = _attend_keys_unshifted(
-        z, sums, row_sum, delta, left, d_z_left, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se,
-        mask, tile, batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, PRECISION, REORDER,
-        RUN,
+    z, sums, running = _attend_keys_unshifted(
+        z, sums, running, left, d_z_left, key_end, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile,
+        batch, m_sb, m_sq, m_sk, F, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, PRECISION, REORDER, RUN,
     )  # fmt: skip
     total = sums_of_rows(sums)
     doubt = doubt_sums(doubt, total, dtype)
@@ -496,10 +501,11 @@ def attend_unshifted(
     scaled = ()
     for i in tl.static_range(len(z)):
         scaled = scaled + (z[i] * scale,)
+    delta = tl.zeros((n_rows,), ACC)
     if len(d_z) > 0:
         # What the tensor core adds up lacks the last bits of P. A row of dS sums to zero only if these count.
-        total = tl.broadcast_to(row_sum[:, None], (n_rows, 4))
-        delta /= row_sum
+        total = tl.broadcast_to(running[0][:, None], (n_rows, 4))
+        delta = running[1] / running[0]
     return scaled, total, delta, doubt
 
 
@@ -576,13 +582,14 @@ def _add_head(
         keys_from += h * D
         values_from += h * D
     q = ()
-    quads = queries(x_rows, weights, h, i, quad_order(i), E, H, D, PRECISION)
-    for j in tl.static_range(len(quads)):
-        q = q + (as_operand(quads[j], REORDER),)
+    columns = restoring(i, REORDER) if SHIFTED else quad_order(i)
+    in_order = queries(x_rows, weights, h, i, columns, E, H, D, PRECISION)
+    for j in tl.static_range(len(in_order)):
+        q = q + (as_operand(in_order[j], REORDER),)
     if SHIFTED:
         _, row_sum, _, _, z = attend(
             q, (), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
-            key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype, RUN,
+            key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, y[0].dtype, RUN, False,
         )  # fmt: skip
     else:
         row_sum = tl.full((rows.shape[0],), 1.0, y[0].dtype)
