@@ -231,6 +231,7 @@ HELD = (
     Held("criteo", "tf32", "sm_90", True),
     Held("criteo", "fp32", "sm_90", True),
     Held("movielens", "bf16", "sm_90", True),
+    Held("wide", "bf16", "sm_90", True),
     Held("wide", "bf16", "sm_90", False),
     Held("criteo", "bf16", "sm_80", False),
     Held("criteo", "bf16", "sm_100", False),

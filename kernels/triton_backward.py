@@ -52,7 +52,7 @@ def padded(WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _clear(pointer, SIZE: tl.constexpr):
+def clear(pointer, SIZE: tl.constexpr):
     """pointer[:SIZE] = 0."""
     for first in tl.range(0, SIZE, 128):
         at = first + tl.arange(0, 128)
@@ -508,11 +508,11 @@ def backward(
     scratch += tl.cast(pid, tl.int64) * (tile_rows * (padded(E) + 2 * padded(D) * FACTORED))
     if FACTORED:
         projected += tl.cast(pid, tl.int64) * (PACK * F * 2 * H * D)
-    _clear(partial, size)
+    clear(partial, size)
     for t in tl.range(pid, (batch + PACK - 1) // PACK, tl.num_programs(0)):
         tile = tl.cast(t, tl.int64)
         if NEED_INPUT:
-            _clear(scratch, tile_rows * padded(E))
+            clear(scratch, tile_rows * padded(E))
         if through_heads or into_values:
             if FACTORED:
                 i = tl.arange(0, BLOCK) + t * nought
@@ -535,7 +535,7 @@ def backward(
                     k_sb = F * 2 * H * D
                     k_sf = 2 * H * D
                     k_se = 1
-                    _clear(scratch + tile_rows * padded(E), tile_rows * 2 * padded(D))
+                    clear(scratch + tile_rows * padded(E), tile_rows * 2 * padded(D))
                 tl.debug_barrier()
                 for first_row in tl.range(0, tile_rows, ROWS):
                     turn = t + first_row

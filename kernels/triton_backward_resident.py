@@ -7,7 +7,7 @@ as they are, fp32 ones scaled, in one fp16 part or two.
 import triton
 import triton.language as tl
 
-from .triton_backward import load_output_gradient, sees_a_key
+from .triton_backward import clear, column_halves, load_output_gradient, sees_a_key
 from .triton_halves import halves, multiply_halves, power_of_two
 from .triton_math import (
     BARE,
@@ -222,13 +222,6 @@ def _common(unit, PACK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _halves(t):
-    """Columns 0 to 7 and 8 to 15 of t [R, 16]: of each a thread has a pair as the tensor core leaves it."""
-    r: tl.constexpr = t.shape[0]
-    return tl.split(tl.permute(tl.reshape(t, (r, 2, 8)), (0, 2, 1)))
-
-
-@triton.jit
 def _add(pointers, t, inside, MASKED: tl.constexpr):
     """What stands at `pointers` += t."""
     if MASKED:
@@ -249,7 +242,7 @@ def _accumulate(
     i = tl.arange(0, BLOCK)
     if ROWS_EXCHANGED:
         i = _exchanged(i)
-    halves = _halves(block)
+    halves = column_halves(block)
     masked: tl.constexpr = ROWS % BLOCK != 0 or COLUMNS % BLOCK != 0
     half: tl.constexpr = 4 if COLUMNS_EXCHANGED else 8
     for k in tl.static_range(2):
@@ -348,8 +341,8 @@ def _known(t, nought, ROWS: tl.constexpr, COLUMNS: tl.constexpr = 16):
 def _diagonals(t):
     """The larger of the blocks [8, 8] on the diagonal of t [16, 16]."""
     upper, lower = tl.split(tl.permute(tl.reshape(t, (2, 8, BLOCK)), (1, 2, 0)))
-    first, _ = _halves(upper)
-    _, second = _halves(lower)
+    first, _ = column_halves(upper)
+    _, second = column_halves(lower)
     return tl.maximum(first, second)
 
 
@@ -768,9 +761,7 @@ def backward_resident(
     nothing = tl.zeros((BLOCK, BLOCK), acc)
     pid = tl.program_id(0)
     partial += tl.cast(pid, tl.int64) * size
-    for first in tl.range(0, size, 128):
-        at = first + tl.arange(0, 128)
-        tl.store(partial + at, tl.zeros((128,), acc), mask=at < size)
+    clear(partial, size)
     tl.debug_barrier()
     x_top, y_top, a_top, w_top, most_q = _binades(PRECISION)
     into_z, _, _ = _factors(PRECISION)
@@ -953,7 +944,7 @@ def backward_resident(
                 d_x_k = d_x_tiles[k] * d_x_unit
                 if scaled:
                     # In pairs of columns, as in `_accumulate`.
-                    parts = _halves(d_x_k)
+                    parts = column_halves(d_x_k)
                     for half in tl.static_range(2):
                         j = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
                         inside = exists[:, None]
