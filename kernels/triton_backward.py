@@ -78,6 +78,8 @@ def _add_vector(pointer, vector, first, i, SIZE: tl.constexpr):
     """pointer[first + i] += vector [16]."""
     inside = i < SIZE - first
     tl.store(pointer + i + first, tl.load(pointer + i + first, mask=inside, other=0.0) + vector, mask=inside)
+    # Threads that load may be others than those that store.
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def column_halves(t):
 def _add_products(
     pointer, lefts, rights, rows, left, stride, ROWS: tl.constexpr, THERE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """pointer[rows, left:left + 16] += the products of lefts [R, K] and rights, two halves [K, 8] each.
+    """pointer[rows, left:left + 16] of scratch += the products of lefts [R, K] and rights, two halves [K, 8] each.
 
     THERE: all of the rows exist.
     """
@@ -342,7 +344,9 @@ def _soften(
     ACC: tl.constexpr,
 ):
     """`shift` and `scale` of P = scale 2^(scores + shift) [R, 4], in 16 bits with a scale from 1/2 to 1; given dz,
-    delta = sum over keys of P dP [R]; and z = P values."""
+    delta = sum over keys of P dP [R]; and z = P values. The scale is 0 where every key is hidden.
+
+    A row that is doubted has its whole block computed again, so packed samples' last bits depend on each other."""
     n_rows: tl.constexpr = q[0].shape[0]
     dtype: tl.constexpr = q[0].dtype
     left = ()
@@ -396,8 +400,8 @@ def _values_gradient(
 @triton.jit
 def _differentiate_projection(
     x,
-    d_rows,  # where the gradients of a head's keys or values stand, (tile rows, D)
-    d_x,  # where to add them as gradients of x, (tile rows, E)
+    d_rows,  # where the gradients of a head's keys or values stand in scratch, (tile rows, padded(D))
+    d_x,  # where to add them as gradients of x, (tile rows, padded(E))
     weights,  # of the head's projection, (E, D) with rows H*D apart
     d_weights,
     rows,
@@ -449,7 +453,7 @@ def backward(
     relu_mask,  # int16 (B, F, relu_words), contiguous, of the forward
     d_x,  # (B, F, E), contiguous
     partial,  # (programs, size of weights)
-    scratch,  # (programs, F or 16, E), factored (programs, F or 16, E + 2 D)
+    scratch,  # (programs, F or 16, padded(E)), factored then (2, F or 16, padded(D)); columns stand in `quad_order`
     projected,  # (programs, PACK, F, 2, H, D); anything where folded
     batch,
     d_sb,
@@ -509,6 +513,7 @@ def backward(
     if FACTORED:
         projected += tl.cast(pid, tl.int64) * (PACK * F * 2 * H * D)
     clear(partial, size)
+    tl.debug_barrier()
     for t in tl.range(pid, (batch + PACK - 1) // PACK, tl.num_programs(0)):
         tile = tl.cast(t, tl.int64)
         if NEED_INPUT:

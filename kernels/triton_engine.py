@@ -226,7 +226,7 @@ def interact_backward(
     target = _target(x.device)
     if config is None:
         precision = dot_precision(x.dtype, target, allow_tf32())
-        config = backward_config(fields, layout, precision, mask_arguments(mask, x)[0])
+        config = backward_config(fields, layout, precision, mask_arguments(mask, x)[0], x.dtype.itemsize == 2)
     programs = backward_programs(batch, fields, layout, config, target)
     partial = packed.new_empty(programs, layout.numel)
     scratch, projected = packed, x

@@ -160,10 +160,9 @@ def _scaled_config(n_fields: int, layout: Layout, precision: str, mask_kind: int
     )
 
 
-def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int) -> Config:
-    """The backward's cut. Resident: folded, up to 39 fields where registers last, or all but last; in 16 bits of up to
-    16 columns, fp32 tensors of 16. The rest is streamed, in blocks of 16 rows, which leave room for every
-    accumulator."""
+def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: int, half: bool) -> Config:
+    """The backward's cut; `half`: of tensors of 16 bits. Resident: folded, up to 39 fields where registers last, or all
+    but last; in 16 bits of up to 16 columns, fp32 tensors of 16. The rest is streamed, in blocks of 16 rows or 32."""
     pack = packed_samples(n_fields)
     h, e, _, _, factored, output, *_ = layout
     if precision == "ieee" and not factored and max(e, layout.head_out) <= BLOCK:
@@ -182,10 +181,10 @@ def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: in
         # quarter of the streaming kernel's work all the same.
         return Config(HALVES[precision], resident=True, pack=pack, programs_per_sm=8, maxnreg=255)
     keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
-    # Left to itself the compiler may settle for 168 registers and spill.
     narrow = not factored and max(e, layout.head_out) <= BLOCK
-    # Twice the rows halve how often keys and their gradients are fetched; operands of 32 bits leave no room for them.
-    rows = 2 * BLOCK if precision == "ieee" and narrow and pack == 1 and mask_kind != MASK_PAIRS else BLOCK
+    # Twice the rows halve how often keys and their gradients are fetched; only operands of 16 bits leave room for them.
+    rows = 2 * BLOCK if half and narrow and pack == 1 and mask_kind != MASK_PAIRS else BLOCK
+    # Left to itself the compiler may settle for 168 registers and spill.
     return Config(precision, pack=pack, rows=rows, keys=keys, programs_per_sm=8, maxnreg=255)
 
 

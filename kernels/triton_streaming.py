@@ -471,7 +471,7 @@ def attend_unshifted(
     ACC: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """As `attend`, without row maxima: z, the rows' sums [R, 4], delta [R], given dz, and doubt of the first two."""
+    """As `attend`, without row maxima: z, the rows' sums [R, 4], delta [R], given dz, and doubt of all of it but z."""
     n_rows: tl.constexpr = q[0].shape[0]
     dtype: tl.constexpr = q[0].dtype
     left = ()
@@ -506,6 +506,9 @@ def attend_unshifted(
         # What the tensor core adds up lacks the last bits of P. A row of dS sums to zero only if these count.
         total = tl.broadcast_to(running[0][:, None], (n_rows, 4))
         delta = running[1] / running[0]
+        # Products with P as it comes may overflow where those with P normalised do not.
+        enormous = tl.broadcast_to((tl.abs(running[1]) + 1.0)[:, None], (n_rows, 4))
+        doubt = doubt_sums(doubt, enormous, dtype)
     return scaled, total, delta, doubt
 
 

@@ -11,7 +11,8 @@ It also ignores `input_precision`. After `install()`:
 
 It is also many times as fast: out of the box, every call of a device function patches the whole of the kernel
 language, which takes longer than most such functions do, and all arithmetic of integers is done once more in 64 bits,
-whose result nobody looks at. Here each module is patched once per launch, and overflow is looked for where it counts.
+whose result nobody looks at. Here each module is patched once per launch, and overflow is looked for where a test asks
+for it (`overflow_checks`).
 
 All of it patches private classes, so `install()` first checks that they are as in Triton 3.3 to 3.9.
 """

@@ -128,7 +128,7 @@ def backward(shape: Shape, precision: str, arch: str, mask: str = "none", needs:
     x, hidden, packed = meta(BATCH, fields, layout.emb_size, dtype=dtype), mask_of(mask, fields), meta(layout.numel)
     out = meta(BATCH, fields, layout.out_size, dtype=dtype)
     dots = dot_precision(dtype, target, allow_tf32)
-    config = backward_config(fields, layout, dots, mask_arguments(hidden, x)[0])
+    config = backward_config(fields, layout, dots, mask_arguments(hidden, x)[0], dtype.itemsize == 2)
     programs = backward_programs(BATCH, fields, layout, config, target)
     partial, scratch = meta(programs, layout.numel), meta(programs, scratch_size(fields, layout, config))
     projected = meta(programs, projected_size(fields, layout, config), dtype=dtype) if layout.factored else x

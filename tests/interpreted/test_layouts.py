@@ -227,6 +227,19 @@ def test_samples_that_share_a_tile_keep_their_nan(layout: Layout, dtype: torch.d
     assert_close_to_truth("gradient of x", d_x[others], case.plain.d_x[others], case.truth.d_x[others])
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("tf32x4", 2e-6), ("tf32", 1e-3)])
+def test_enormous_gradients_are_not_lost(precision: str, tolerance: float) -> None:
+    """Their products with exponentials that are not normalised overflow."""
+    layout = Layout(2, 16, 16, 16, 0, MERGED, PROJECTION, 0)
+    packed, x, grad = draw_packed(layout), torch.randn(2, 40, 16), torch.randn(2, 40, 16)
+    layout.parts(packed).a.mul_(8)
+    usual, enormous = (
+        triton_engine.interact_backward(g, x, packed, None, None, layout, NEED_INPUT, Config(precision))[0]
+        for g in (grad, grad * 2.0**100)
+    )
+    torch.testing.assert_close(enormous / 2.0**100, usual, rtol=0, atol=tolerance * usual.abs().max().item())
+
+
 def test_values_that_overflow_in_projection_are_not_lost() -> None:
     """From a finite x, in a tile that samples share."""
     layout = Layout(1, 16, 16, 16, 1, BARE, NO_RESIDUAL, 0)

@@ -118,4 +118,4 @@ def test_same_bits_however_many_programs_there_were_before() -> None:
     ],
 )
 def test_choice(fields: int, layout: Layout, precision: str, mask: int, resident: bool) -> None:
-    assert backward_config(fields, layout, precision, mask).resident is resident
+    assert backward_config(fields, layout, precision, mask, precision == "ieee").resident is resident
