@@ -144,8 +144,7 @@ def _columns_exchanged(parts, PRECISION: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, b, acc, PRECISION: tl.constexpr, TURN_A: tl.constexpr = False, TURN_B: tl.constexpr = False,
-    RESTS: tl.constexpr = False,
+    a, b, acc, TURN_A: tl.constexpr = False, TURN_B: tl.constexpr = False, RESTS: tl.constexpr = False
 ):  # fmt: skip
     """acc + a b of operands, or of their transposes. RESTS: as for `multiply_halves`."""
     left, right = a, b
@@ -370,7 +369,7 @@ def _add_rows(total, t, PRECISION: tl.constexpr):
     """total + t [16, 16], to be added up over rows: by the tensor core [16, 8], all columns alike, or in fp32, all of
     whose bits count in a sum, as it is."""
     if PRECISION == "ieee":
-        return _product((t,), (tl.full((BLOCK, ONES), 1.0, t.dtype),), total, PRECISION, True)
+        return _product((t,), (tl.full((BLOCK, ONES), 1.0, t.dtype),), total, True)
     else:
         return total + t
 
@@ -418,12 +417,12 @@ def _differentiate_residual(
         r = _operand(_rows_exchanged((r,), PRECISION)[0], w_scale * into_z, dtype, PRECISION)
         added = ()
         for k in tl.static_range(len(d_x)):
-            added = added + (_product(d_y[k], r, d_x[k], PRECISION, False, True, True),)
+            added = added + (_product(d_y[k], r, d_x[k], False, True, True),)
         d_x = added
     if NEED_RESIDUAL:
         d_r = tl.zeros((BLOCK, BLOCK), acc)
         for k in tl.static_range(len(d_y)):
-            d_r = _product(x_tiles[k], d_y_factors[k], d_r, PRECISION, True)
+            d_r = _product(x_tiles[k], d_y_factors[k], d_r, True)
         _, unit = _common(x_unit * y_unit, PACK, PRECISION)
         _accumulate(partial + AT_R + first_out, d_r * unit, O, E, HEAD_OUT)
     return d_x
@@ -565,13 +564,13 @@ def _differentiate_head(
             # Blocks of rows that overlap would take more registers than there are.
             for k in tl.static_range(nb):
                 start = _after(start, d_x[k], nought)
-        q = _product(x_tiles[r], a, start, PRECISION, RESTS=True)
+        q = _product(x_tiles[r], a, start, RESTS=True)
         q = _operand(_known(q * q_scale, q, LAST if r == nb - 1 else BLOCK), 1.0, dtype, PRECISION)
         plain = ()
         scores = ()
         for k in tl.static_range(nb):
             keys = k * BLOCK + i
-            s = _product(q, x_tiles[k], nothing, PRECISION, False, True, True)
+            s = _product(q, x_tiles[k], nothing, False, True, True)
             plain = plain + (s,)
             if MASK == MASK_PAIRS:
                 ceiling = load_ceiling(mask, rows, keys, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
@@ -597,8 +596,8 @@ def _differentiate_head(
                 p_k = tl.where(own_keys(rows, k * BLOCK + i, F, PACK), p_k, 0.0)
             p = p + (p_k,)
             p_right = p_right + (_operand(p_k, 1.0, dtype, PRECISION),)
-            total = _product(p_right[k], (ones[k],), total, PRECISION)
-            z = _product(p_right[k], values[k], z, PRECISION)
+            total = _product(p_right[k], (ones[k],), total)
+            z = _product(p_right[k], values[k], z)
         scale = across_rows(row_scale(_known(sums_of_rows(total), 1.0, LAST if r == nb - 1 else BLOCK), MASK, EXACT))
         z = _known(z * scale, z, LAST if r == nb - 1 else BLOCK)
         if PACK > 1:
@@ -607,12 +606,12 @@ def _differentiate_head(
             tl.debug_barrier()
         if into_values:
             z_tile = _columns_exchanged(_operand(z, 1.0, dtype, PRECISION), PRECISION)
-            d_m = _product(z_tile, d_y_factors[r], d_m, PRECISION, True)
+            d_m = _product(z_tile, d_y_factors[r], d_m, True)
         if through_head:
             if OUTPUT == BARE:
                 d_z = _sum_of(d_y[r], acc) * w_scale
             else:
-                d_z = _product(d_y[r], m, nothing, PRECISION, False, True, True)
+                d_z = _product(d_y[r], m, nothing, False, True, True)
             d_z = _known(d_z * (scale * into_z), d_z, LAST if r == nb - 1 else BLOCK)
             d_z_tile = _operand(d_z, 1.0, dtype, PRECISION)
             if NEED_INPUT:
@@ -620,13 +619,13 @@ def _differentiate_head(
                 added = ()
                 for k in tl.static_range(nb):
                     left = _rows_exchanged(p_right[k], PRECISION)
-                    added = added + (_product(left, d_z_right, d_x[k], PRECISION, True),)
+                    added = added + (_product(left, d_z_right, d_x[k], True),)
                 d_x = added
             if scaled:
                 tl.debug_barrier()
             d_p = ()
             for k in tl.static_range(nb):
-                d_p = d_p + (_product(d_z_tile, x_tiles[k], nothing, PRECISION, False, True),)
+                d_p = d_p + (_product(d_z_tile, x_tiles[k], nothing, False, True),)
             if scaled:
                 # Of what it is subtracted from, so that a row of dS sums to zero.
                 weighted = tl.zeros((BLOCK, BLOCK), acc)
@@ -654,7 +653,7 @@ def _differentiate_head(
                 if PACK > 1:
                     d_s_k = tl.where(own_keys(rows, k * BLOCK + i, F, PACK), d_s_k, 0.0)
                 d_s = d_s + (_operand(d_s_k, 1.0, dtype, PRECISION),)
-                d_q = _product(d_s[k], values[k], d_q, PRECISION)
+                d_q = _product(d_s[k], values[k], d_q)
             d_q = _known(d_q * into_q, d_q, LAST if r == nb - 1 else BLOCK)
             d_q_tile = _operand(d_q, 1.0, dtype, PRECISION)
             if NEED_SCORES:
@@ -663,10 +662,10 @@ def _differentiate_head(
                 if scaled:
                     d_a_tile = _columns_exchanged(d_a_tile, PRECISION)
                     d_c_tile = _columns_exchanged(d_c_tile, PRECISION)
-                    d_a = _product(x_tiles[r], d_a_tile, d_a, PRECISION, True)
+                    d_a = _product(x_tiles[r], d_a_tile, d_a, True)
                 else:
-                    d_a = _product(x_tiles[r], _transposed(d_a_tile), d_a, PRECISION, True, True)
-                d_c = _product(d_c_tile, ones_right, d_c, PRECISION, True)
+                    d_a = _product(x_tiles[r], _transposed(d_a_tile), d_a, True, True)
+                d_c = _product(d_c_tile, ones_right, d_c, True)
             if scaled:
                 tl.debug_barrier()
             if NEED_INPUT:
@@ -676,20 +675,20 @@ def _differentiate_head(
                     # Transposed from the start: it is a right operand then, and loses log2(e) without a multiplication.
                     start = tl.broadcast_to(natural_c[:, None], (BLOCK, BLOCK))
                     start = _known(start, nothing, BLOCK, LAST if r == nb - 1 else BLOCK)
-                    q_t = _product(natural_a, x_tiles[r], start, PRECISION, True, True)
+                    q_t = _product(natural_a, x_tiles[r], start, True, True)
                     q_right = _transposed(_finite((q_t.to(dtype),), PACK, acc))
                 added = ()
                 for k in tl.static_range(nb):
                     d_x_k = d_x[k]
                     left = _rows_exchanged(d_s[k], PRECISION)
                     if scaled:
-                        d_x_k += _product(left, q_right, nothing, PRECISION, True) * key_factor
+                        d_x_k += _product(left, q_right, nothing, True) * key_factor
                     else:
-                        d_x_k = _product(left, q_right, d_x_k, PRECISION, True)
+                        d_x_k = _product(left, q_right, d_x_k, True)
                     if k == r and scaled:
-                        d_x_k += _product(d_q_tile, natural_a, nothing, PRECISION, False, True) * query_factor
+                        d_x_k += _product(d_q_tile, natural_a, nothing, False, True) * query_factor
                     elif k == r:
-                        d_x_k = _product(d_q_tile, natural_a, d_x_k, PRECISION, False, True)
+                        d_x_k = _product(d_q_tile, natural_a, d_x_k, False, True)
                     added = added + (d_x_k,)
                 d_x = added
     if NEED_SCORES:
@@ -818,7 +817,7 @@ def backward_resident(
             values = values + (_finite(x_k, PACK, acc),)
             x_tiles = x_tiles + (x_k,)
             if not scaled:
-                longest = tl.maximum(longest, _diagonals(_product(x_k, x_k, nothing, PRECISION, False, True)))
+                longest = tl.maximum(longest, _diagonals(_product(x_k, x_k, nothing, False, True)))
         longest = tl.max(tl.max(longest, 1), 0)  # |x|^2: no product of two rows is larger
         WIDTH: tl.constexpr = E if RESIDUAL == IDENTITY else HEAD_OUT
         d_y = ()

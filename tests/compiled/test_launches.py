@@ -233,9 +233,12 @@ def test_other_architectures(arch: str, direction: str, precision: str) -> None:
     ],
 )
 def test_blocks_are_those_of_hopper(arch: str, direction: str, precision: str) -> None:
-    """Compiled from the beginning, it is the same code."""
+    """Compiled from the beginning, it is the same code. (Its notes on lines name files, which differ where the compiler's
+    cache holds what another folder's sources came to.)"""
     whole = compiled(direction, CRITEO, precision, arch)
-    assert lowered(launch_of(direction, CRITEO, precision, arch), arch).asm["cubin"] == whole.asm["cubin"]
+    parts = lowered(launch_of(direction, CRITEO, precision, arch), arch)
+    code, expected = (offline._tool("cuobjdump", "--dump-sass", b.asm["cubin"]) for b in (parts, whole))
+    assert code.count("HMMA") > 0 and code == expected
 
 
 @pytest.mark.parametrize("mask", ["keys", "pairs"])
