@@ -233,7 +233,7 @@ def test_other_architectures(arch: str, direction: str, precision: str) -> None:
     ],
 )
 def test_blocks_are_those_of_hopper(arch: str, direction: str, precision: str) -> None:
-    """Compiled from the beginning, it is the same code. (Its notes on lines name files, which differ where the compiler's
+    """Compiled from the beginning, it is the same code. (Notes on lines name files, other ones where the compiler's
     cache holds what another folder's sources came to.)"""
     whole = compiled(direction, CRITEO, precision, arch)
     parts = lowered(launch_of(direction, CRITEO, precision, arch), arch)
