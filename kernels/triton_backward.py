@@ -314,7 +314,23 @@ def _binade(t):
 
 
 @triton.jit
-def _soften(
+def _attend_shifted(
+    q, d_z, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk, key_end,
+    F: tl.constexpr, D: tl.constexpr, FACTORED: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
+    PACK: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, REORDER: tl.constexpr, EXACT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """What `attend` subtracts from the scores and the rows' sums [R, 4], delta [R] and z."""
+    n_rows: tl.constexpr = q[0].shape[0]
+    row_max, row_sum, _, delta, z = attend(
+        q, d_z, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
+        key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC, 4, True,
+    )  # fmt: skip
+    return tl.broadcast_to(row_max[:, None], (n_rows, 4)), tl.broadcast_to(row_sum[:, None], (n_rows, 4)), delta, z
+
+
+@triton.jit
+def _softmax(
     q,  # chunks of D [R, 16], columns in `quad_order`
     d_z,  # the same, or ()
     rows,
@@ -344,9 +360,7 @@ def _soften(
     ACC: tl.constexpr,
 ):
     """`shift` and `scale` of P = scale 2^(scores + shift) [R, 4], in 16 bits with a scale from 1/2 to 1; given dz,
-    delta = sum over keys of P dP [R]; and z = P values. The scale is 0 where every key is hidden.
-
-    A row that is doubted has its whole block computed again, so packed samples' last bits depend on each other."""
+    delta = sum over keys of P dP [R]; and z = P values. The scale is 0 where every key is hidden."""
     n_rows: tl.constexpr = q[0].shape[0]
     dtype: tl.constexpr = q[0].dtype
     left = ()
@@ -355,21 +369,25 @@ def _soften(
     d_z_left = ()
     for j in tl.static_range(len(d_z)):
         d_z_left = d_z_left + (as_operand(d_z[j], REORDER),)
-    doubt = no_doubt(n_rows)
-    z, total, delta, doubt = attend_unshifted(
-        left, d_z_left, doubt, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-        m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC, 4,
-    )  # fmt: skip
-    for j in tl.static_range(len(z)):
-        doubt = doubt_values(doubt, z[j], dtype, True)
-    reference = tl.zeros((n_rows, 4), ACC)
-    if not certain(doubt, dtype):
-        row_max, row_sum, _, delta, z = attend(
+    if PACK > 1:
+        # Whatever a sample holds, packed ones' gradients keep their bits.
+        reference, total, delta, z = _attend_shifted(
             left, d_z_left, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-            m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC, 4, True,
+            m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC,
         )  # fmt: skip
-        reference = tl.broadcast_to(row_max[:, None], (n_rows, 4))
-        total = tl.broadcast_to(row_sum[:, None], (n_rows, 4))
+    else:
+        z, total, delta, doubt = attend_unshifted(
+            left, d_z_left, no_doubt(n_rows), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile,
+            batch, m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC, 4,
+        )  # fmt: skip
+        for j in tl.static_range(len(z)):
+            doubt = doubt_values(doubt, z[j], dtype, True)
+        reference = tl.zeros((n_rows, 4), ACC)
+        if not certain(doubt, dtype):
+            reference, total, delta, z = _attend_shifted(
+                left, d_z_left, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC,
+            )  # fmt: skip
     if dtype == tl.float16 or dtype == tl.bfloat16:
         # Of operands of 16 bits neither P nor scale dz may be far from what they are of.
         binade = _binade(total)
@@ -561,7 +579,7 @@ def backward(
                     unscaled = ()
                     if through_heads and PRECISION != "ieee":
                         unscaled = _values_gradient(d_y, weights, m_h, quads, i, D, HEAD_OUT, OUTPUT, acc, PRECISION)
-                    shift, scale, delta, z = _soften(
+                    shift, scale, delta, z = _softmax(
                         q, unscaled, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                         m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT,
                         acc,

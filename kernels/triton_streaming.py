@@ -378,7 +378,7 @@ def _attend_keys_unshifted(
     sums,  # [R, 8]
     running,  # of a backward that wants delta, the sums of P and of P dP [R]; else ()
     q,  # chunks of D, operands of [R, 16]
-    d_z,  # the same in a backward that wants delta, else ()
+    d_z,  # the same in a backward that wants delta, of samples that are not packed; else ()
     first,
     rows,
     keys_from,
@@ -429,11 +429,7 @@ def _attend_keys_unshifted(
         d_p = tl.zeros((rows.shape[0], KEYS), sums.dtype)
         for i in tl.static_range(len(natural)):
             d_p = multiply(d_z[i], operands(right_operand(in_order[i], REORDER), PRECISION), d_p, PRECISION)
-        if PACK > 1:
-            there = own_keys(rows, k, F, PACK)
-            d_p = tl.where(there, d_p, 0.0)
-            p = tl.where(there, p, 0.0)
-        elif THERE < KEYS:
+        if THERE < KEYS:
             p = tl.where((k < THERE)[None, :], p, 0.0)
         running = (running[0] + tl.sum(p, 1), running[1] + tl.sum(p * d_p, 1))
     return z, sums, running
