@@ -60,38 +60,12 @@ def clear(pointer, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _add_block(pointer, block, top, left, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """pointer[top + rows, left:left + 16] += block [R, 16]. The rows and columns of pointer are ROWS and COLUMNS."""
-    columns = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
-    halves = column_halves(block)
-    for half in tl.static_range(2):
-        pointers = block_pointers(pointer, top, left + half * 8, rows, columns, stride)
-        if ROWS % BLOCK == 0 and COLUMNS % BLOCK == 0:
-            tl.store(pointers, tl.load(pointers) + halves[half])
-        else:
-            inside = (rows[:, None] < ROWS - top) & (columns[None, :] < COLUMNS - left - half * 8)
-            tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + halves[half], mask=inside)
-
-
-@triton.jit
-def _add_vector(pointer, vector, first, i, SIZE: tl.constexpr):
-    """pointer[first + i] += vector [16]."""
-    inside = i < SIZE - first
-    tl.store(pointer + i + first, tl.load(pointer + i + first, mask=inside, other=0.0) + vector, mask=inside)
-    # Threads that load may be others than those that store.
-    tl.debug_barrier()
-
-
-@triton.jit
-def exchanged(t):
-    """t [R, C], of every 16 rows 2 and 8, 3 and 9, 6 and 12, 7 and 13 exchanged.
-
-    Two operands of a sum over rows may have theirs in any order, if in the same. In this one the compiler sends them
-    through shared memory, which is two instructions for a transpose; in the natural order, by a dozen of shuffles.
-    """
-    r: tl.constexpr = t.shape[0]
-    c: tl.constexpr = t.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(t, (r // BLOCK, 2, 2, 2, 2, c)), (0, 3, 2, 1, 4, 5)), (r, c))
+def add(pointers, t, inside, MASKED: tl.constexpr):
+    """What stands at `pointers` += t."""
+    if MASKED:
+        tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + t, mask=inside)
+    else:
+        tl.store(pointers, tl.load(pointers) + t)
 
 
 @triton.jit
@@ -102,6 +76,46 @@ def column_halves(t):
 
 
 @triton.jit
+def column_pairs():
+    """0 to 7, of which a thread may access two at once, as it has them of one of `column_halves`. [8]"""
+    return tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+
+
+@triton.jit
+def _add_block(pointer, block, top, left, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """pointer[top + rows, left:left + 16] += block [R, 16]. The rows and columns of pointer are ROWS and COLUMNS."""
+    columns = column_pairs()
+    masked: tl.constexpr = ROWS % BLOCK != 0 or COLUMNS % BLOCK != 0
+    halves = column_halves(block)
+    for half in tl.static_range(2):
+        pointers = block_pointers(pointer, top, left + half * 8, rows, columns, stride)
+        inside = (rows[:, None] < ROWS - top) & (columns[None, :] < COLUMNS - left - half * 8)
+        add(pointers, halves[half], inside, masked)
+
+
+@triton.jit
+def _add_vector(pointer, vector, first, i, SIZE: tl.constexpr):
+    """pointer[first + i] += vector [16]."""
+    add(pointer + i + first, vector, i < SIZE - first, True)
+    # Threads that load may be others than those that store.
+    tl.debug_barrier()
+
+
+# A sum over rows, as of P^T dz, takes its left operand transposed. The compiler sends a transpose through shared memory
+# by two instructions, STSM and LDSM, where two bits of rows and columns change between a thread's registers and its
+# lane; where one does, by a dozen of shuffles. So rows are exchanged first, in both operands: a sum may have them in
+# any order.
+
+
+@triton.jit
+def rows_exchanged(t):
+    """t [R, C], of every 16 rows 4 to 7 and 8 to 11 exchanged: bits 2 and 3 of their numbers."""
+    r: tl.constexpr = t.shape[0]
+    c: tl.constexpr = t.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(t, (r // BLOCK, 2, 2, 4, c)), (0, 2, 1, 3, 4)), (r, c))
+
+
+@triton.jit
 def _add_products(
     pointer, lefts, rights, rows, left, stride, ROWS: tl.constexpr, THERE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,9 +123,9 @@ def _add_products(
 
     THERE: all of the rows exist.
     """
-    i = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+    columns = column_pairs()
     for half in tl.static_range(2):
-        pointers = block_pointers(pointer, 0, left + half * 8, rows, i, stride)
+        pointers = block_pointers(pointer, 0, left + half * 8, rows, columns, stride)
         inside = rows[:, None] < ROWS
         if THERE:
             before = tl.load(pointers)
@@ -253,8 +267,8 @@ def _differentiate_keys(
         s = multiply(operands(as_operand(q[j], REORDER), PRECISION), keys_j, s, PRECISION)
         d_p = multiply(operands(as_operand(d_z[j], REORDER), PRECISION), values_j, d_p, PRECISION)
         clean = clean + (finite(ordered[j], PACK, acc),)
-        d_z_right = d_z_right + (column_halves(exchanged(finite(d_z[j], PACK, acc))),)
-        q_right = q_right + (column_halves(exchanged(finite((q[j].to(acc) * LN2).to(dtype), PACK, acc))),)
+        d_z_right = d_z_right + (column_halves(rows_exchanged(finite(d_z[j], PACK, acc))),)
+        q_right = q_right + (column_halves(rows_exchanged(finite((q[j].to(acc) * LN2).to(dtype), PACK, acc))),)
     fields = first + k
     ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
     if PRECISION != "ieee":
@@ -277,8 +291,8 @@ def _differentiate_keys(
     p = p.to(dtype)
     d_s = d_s.to(dtype)
     d_q = weighted(as_operand(d_s, REORDER), clean, d_q, PRECISION)
-    p_t = tl.trans(exchanged(p))
-    d_s_t = tl.trans(exchanged(d_s))
+    p_t = tl.trans(rows_exchanged(p))
+    d_s_t = tl.trans(rows_exchanged(d_s))
     exist: tl.constexpr = THERE == KEYS
     for j in tl.static_range(len(q)):
         if FACTORED:
@@ -294,16 +308,9 @@ def _differentiate_keys(
                 )
         elif NEED_INPUT:
             _add_products(
-                scratch,
-                (p_t, d_s_t),
-                (d_z_right[j], q_right[j]),
-                fields,
-                j * BLOCK,
-                padded(E),
-                tile_rows,
-                exist,
+                scratch, (p_t, d_s_t), (d_z_right[j], q_right[j]), fields, j * BLOCK, padded(E), tile_rows, exist,
                 PRECISION,
-            )
+            )  # fmt: skip
     return d_q
 
 

@@ -7,7 +7,15 @@ as they are, fp32 ones scaled, in one fp16 part or two.
 import triton
 import triton.language as tl
 
-from .triton_backward import clear, column_halves, load_output_gradient, sees_a_key
+from .triton_backward import (
+    add,
+    clear,
+    column_halves,
+    column_pairs,
+    load_output_gradient,
+    rows_exchanged,
+    sees_a_key,
+)
 from .triton_halves import halves, multiply_halves, power_of_two
 from .triton_math import (
     BARE,
@@ -97,10 +105,9 @@ def _transposed(parts):
 
 
 # fp32 tensors: x, dy and weights stand in shared memory, and blocks of rows load them from there: registers are what is
-# short. The compiler sends an operand there where two bits of its rows and columns change between a thread's registers
-# and its lane; where one does, it sends it through a dozen of shuffles, and keeps it. So rows are loaded in the order
-# below, which costs nothing. Of products, those of a sum over rows are exchanged, in both operands; or, where the other
-# operand is x or dy, the columns, which are then those of the sum.
+# short. The compiler sends an operand there where it sends the transpose of `rows_exchanged`; else it keeps it. So rows
+# are loaded in that order, which costs nothing. Of products, those of a sum over rows are exchanged, in both operands;
+# or, where the other operand is x or dy, the columns, which are then those of the sum.
 
 
 @triton.jit
@@ -120,13 +127,12 @@ def _loading_order(PRECISION: tl.constexpr):
 
 @triton.jit
 def _rows_exchanged(parts, PRECISION: tl.constexpr):
-    """Parts [16, C] of fp32 tensors, their rows in the order `_exchanged`."""
+    """`rows_exchanged` parts of fp32 tensors."""
     if PRECISION == "ieee":
         return parts
     exchanged = ()
     for k in tl.static_range(len(parts)):
-        t = tl.permute(tl.reshape(parts[k], (2, 2, 4, parts[k].shape[1])), (1, 0, 2, 3))
-        exchanged = exchanged + (tl.reshape(t, (BLOCK, parts[k].shape[1])),)
+        exchanged = exchanged + (rows_exchanged(parts[k]),)
     return exchanged
 
 
@@ -221,15 +227,6 @@ def _common(unit, PACK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add(pointers, t, inside, MASKED: tl.constexpr):
-    """What stands at `pointers` += t."""
-    if MASKED:
-        tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + t, mask=inside)
-    else:
-        tl.store(pointers, tl.load(pointers) + t)
-
-
-@triton.jit
 def _accumulate(
     pointer, block, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_EXCHANGED: tl.constexpr = False,
     COLUMNS_EXCHANGED: tl.constexpr = False,
@@ -245,12 +242,11 @@ def _accumulate(
     masked: tl.constexpr = ROWS % BLOCK != 0 or COLUMNS % BLOCK != 0
     half: tl.constexpr = 4 if COLUMNS_EXCHANGED else 8
     for k in tl.static_range(2):
-        j = tl.arange(0, 8)
+        j = column_pairs()
         if COLUMNS_EXCHANGED:
-            j = _exchanged(j)
-        j = tl.max_contiguous(tl.multiple_of(j, 2), 2)
+            j = tl.max_contiguous(tl.multiple_of(_exchanged(tl.arange(0, 8)), 2), 2)
         pointers = block_pointers(pointer, 0, k * half, i, j, stride)
-        _add(pointers, halves[k], (i[:, None] < ROWS) & (j[None, :] < COLUMNS - k * half), masked)
+        add(pointers, halves[k], (i[:, None] < ROWS) & (j[None, :] < COLUMNS - k * half), masked)
 
 
 @triton.jit
@@ -263,14 +259,14 @@ def _accumulate_sums(pointer, sums, SIZE: tl.constexpr, EXCHANGED: tl.constexpr 
     i = tl.max_contiguous(i, 1)
     pointers = block_pointers(pointer, 0, 0, i, tl.arange(0, 4) * 0, 1)
     inside = tl.broadcast_to(i[:, None] < SIZE, (BLOCK, 4))
-    _add(pointers, sums_of_rows(sums), inside, SIZE % BLOCK != 0)
+    add(pointers, sums_of_rows(sums), inside, SIZE % BLOCK != 0)
 
 
 @triton.jit
 def _accumulate_vector(pointer, vector, SIZE: tl.constexpr):
     """pointer[:SIZE] += vector [16]."""
     i = tl.arange(0, BLOCK)
-    _add(pointer + i, vector, i < SIZE, SIZE % BLOCK != 0)
+    add(pointer + i, vector, i < SIZE, SIZE % BLOCK != 0)
 
 
 @triton.jit
@@ -476,6 +472,62 @@ def _differentiate_bias(
     else:
         _accumulate_sums(partial + AT_B + first_out, d_b, HEAD_OUT)
         _accumulate_sums(partial + AT_B + O + first_out, d_g, HEAD_OUT)
+
+
+@triton.jit
+def _differentiate_columns(
+    d_x,  # tiles of the sample's rows [16, 16]
+    x_tiles,
+    first_out,
+    ceilings,
+    units,
+    partial,
+    weights,
+    grad,
+    relu_mask,
+    mask,
+    nought,
+    tile,
+    batch,
+    d_sb,
+    d_sf,
+    d_so,
+    m_sb,
+    m_sq,
+    m_sk,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    O: tl.constexpr,
+    HEAD_OUT: tl.constexpr,
+    AT_R: tl.constexpr,
+    AT_B: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PACK: tl.constexpr,
+    MASK: tl.constexpr,
+    RELU: tl.constexpr,
+    NEED_INPUT: tl.constexpr,
+    NEED_RESIDUAL: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Loads dy of a head's own columns of the output, from `first_out` on, and adds what it gives past the head. Returns
+    dx, and dy as `_output_operands`."""
+    d_y = _load_output_tiles(
+        grad, relu_mask, first_out, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT, len(x_tiles), PACK,
+        RELU, PRECISION,
+    )  # fmt: skip
+    tiles, factors = _output_operands(d_y, units, PACK, x_tiles[0][0].dtype, PRECISION)
+    if NEED_BIAS:
+        _differentiate_bias(
+            d_y, first_out, ceilings, partial, mask, tile, batch, m_sb, m_sq, m_sk, F, O, HEAD_OUT, AT_B, PACK, MASK,
+            PRECISION,
+        )  # fmt: skip
+    if RESIDUAL == PROJECTION:
+        d_x = _differentiate_residual(
+            d_x, x_tiles, tiles, factors, first_out, units, partial, weights, E, O, HEAD_OUT, AT_R, PACK, NEED_INPUT,
+            NEED_RESIDUAL, PRECISION,
+        )  # fmt: skip
+    return d_x, tiles, factors
 
 
 @triton.jit
@@ -823,24 +875,9 @@ def backward_resident(
         d_y = ()
         if OUTPUT == MERGED or RESIDUAL == IDENTITY:
             d_y = _load_output_tiles(
-                grad,
-                relu_mask,
-                0,
-                nought,
-                tile,
-                batch,
-                d_sb,
-                d_row,
-                d_so,
-                F,
-                O,
-                WIDTH,
-                HEAD_OUT,
-                nb,
-                PACK,
-                RELU,
+                grad, relu_mask, 0, nought, tile, batch, d_sb, d_row, d_so, F, O, WIDTH, HEAD_OUT, nb, PACK, RELU,
                 PRECISION,
-            )
+            )  # fmt: skip
         y_scale, y_unit = 1.0, 1.0
         if scaled:
             if OUTPUT == MERGED or RESIDUAL == IDENTITY:
@@ -888,21 +925,11 @@ def backward_resident(
             for h in tl.static_range(H):
                 tiles_h, factors_h = d_y_tiles, d_y_factors
                 if OUTPUT != MERGED:
-                    d_y_h = _load_output_tiles(
-                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_row, d_so, F, O, HEAD_OUT, HEAD_OUT,
-                        nb, PACK, RELU, PRECISION,
+                    d_x_tiles, tiles_h, factors_h = _differentiate_columns(
+                        d_x_tiles, x_tiles, h * HEAD_OUT, ceilings, units, part, folded, grad, relu_mask, mask, nought,
+                        tile, batch, d_sb, d_row, d_so, m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK,
+                        MASK, RELU, NEED_INPUT, NEED_RESIDUAL, NEED_BIAS, PRECISION,
                     )  # fmt: skip
-                    tiles_h, factors_h = _output_operands(d_y_h, units, PACK, operand_dtype, PRECISION)
-                    if NEED_BIAS:
-                        _differentiate_bias(
-                            d_y_h, h * HEAD_OUT, ceilings, part, mask, tile, batch, m_sb, m_sq, m_sk, F, O, HEAD_OUT,
-                            AT_B, PACK, MASK, PRECISION,
-                        )  # fmt: skip
-                    if RESIDUAL == PROJECTION:
-                        d_x_tiles = _differentiate_residual(
-                            d_x_tiles, x_tiles, tiles_h, factors_h, h * HEAD_OUT, units, part, folded, E, O, HEAD_OUT,
-                            AT_R, PACK, NEED_INPUT, NEED_RESIDUAL, PRECISION,
-                        )  # fmt: skip
                 if through_heads:
                     d_x_tiles = _differentiate_head(
                         d_x_tiles, x_tiles, values, ones, tiles_h, factors_h, ceilings, bad, units, heads[h],
@@ -913,21 +940,11 @@ def backward_resident(
             for h in tl.range(H):
                 tiles_h, factors_h = d_y_tiles, d_y_factors
                 if OUTPUT != MERGED:
-                    d_y_h = _load_output_tiles(
-                        grad, relu_mask, h * HEAD_OUT, nought, tile, batch, d_sb, d_row, d_so, F, O, HEAD_OUT, HEAD_OUT,
-                        nb, PACK, RELU, PRECISION,
+                    d_x_tiles, tiles_h, factors_h = _differentiate_columns(
+                        d_x_tiles, x_tiles, h * HEAD_OUT, ceilings, units, part, folded, grad, relu_mask, mask, nought,
+                        tile, batch, d_sb, d_row, d_so, m_sb, m_sq, m_sk, F, E, O, HEAD_OUT, AT_R, AT_B, RESIDUAL, PACK,
+                        MASK, RELU, NEED_INPUT, NEED_RESIDUAL, NEED_BIAS, PRECISION,
                     )  # fmt: skip
-                    tiles_h, factors_h = _output_operands(d_y_h, units, PACK, operand_dtype, PRECISION)
-                    if NEED_BIAS:
-                        _differentiate_bias(
-                            d_y_h, h * HEAD_OUT, ceilings, part, mask, tile, batch, m_sb, m_sq, m_sk, F, O, HEAD_OUT,
-                            AT_B, PACK, MASK, PRECISION,
-                        )  # fmt: skip
-                    if RESIDUAL == PROJECTION:
-                        d_x_tiles = _differentiate_residual(
-                            d_x_tiles, x_tiles, tiles_h, factors_h, h * HEAD_OUT, units, part, folded, E, O, HEAD_OUT,
-                            AT_R, PACK, NEED_INPUT, NEED_RESIDUAL, PRECISION,
-                        )  # fmt: skip
                 if through_heads:
                     head = _load_head(
                         folded, h, a_scale, w_scale, E, H, D, HEAD_OUT, AT_M, OUTPUT, operand_dtype, PRECISION
@@ -945,7 +962,7 @@ def backward_resident(
                     # In pairs of columns, as in `_accumulate`.
                     parts = column_halves(d_x_k)
                     for half in tl.static_range(2):
-                        j = tl.max_contiguous(tl.multiple_of(tl.arange(0, 8), 2), 2)
+                        j = column_pairs()
                         inside = exists[:, None]
                         if E % BLOCK != 0:
                             inside = inside & (j[None, :] < E - half * 8)

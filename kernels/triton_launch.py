@@ -276,9 +276,8 @@ def scratch_size(n_fields: int, layout: Layout, config: Config) -> int:
     """Elements of the gradients of a tile's x, and of a head's projected keys and values; 0 where they stay on chip."""
     if config.resident:
         return 0
-    return (
-        _tile_rows(n_fields, config) * BLOCK * (_blocks(layout.emb_size) + 2 * _blocks(layout.rank) * layout.factored)
-    )
+    blocks = _blocks(layout.emb_size) + 2 * _blocks(layout.rank) * layout.factored
+    return _tile_rows(n_fields, config) * blocks * BLOCK
 
 
 def _affordable(programs: int, elements: int, target: Target) -> int:
