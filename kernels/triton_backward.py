@@ -197,9 +197,29 @@ def sees_a_key(
 
 
 @triton.jit
+def _left_operands(t, PRECISION: tl.constexpr, REORDER: tl.constexpr):
+    """Chunks [R, 16], columns in `quad_order`, as `operands` of products with `right_operand`."""
+    left = ()
+    for j in tl.static_range(len(t)):
+        left = left + (operands(as_operand(t[j], REORDER), PRECISION),)
+    return left
+
+
+@triton.jit
+def _right_halves(t, PACK: tl.constexpr, ACC: tl.constexpr):
+    """Chunks [R, 16] as `_add_products` takes them with left operands that are transposes of `rows_exchanged`."""
+    right = ()
+    for j in tl.static_range(len(t)):
+        right = right + (column_halves(rows_exchanged(finite(t[j], PACK, ACC))),)
+    return right
+
+
+@triton.jit
 def _differentiate_keys(
-    q,  # chunks of D [R, 16], columns in `quad_order`
+    q,  # chunks of D, `operands` of [R, 16]
     d_z,
+    q_right,  # chunks of D, `_right_halves`; without log2(e)
+    d_z_right,
     d_q,  # chunks of D [R, 16], so far
     shift,  # [R, 4]
     scale,  # [R, 4]
@@ -236,9 +256,9 @@ def _differentiate_keys(
     """P = scale 2^(scores + shift) and dS = P (dP - delta) over KEYS keys from `first` on, of which THERE exist:
     dq += dS keys; and what the keys, dS^T q, and the values, P^T dz, are due, into their rows of scratch: of dx, or
     factored of dkeys and dvalues. In 16 bits P is without the scale, which dz and delta have."""
-    dtype: tl.constexpr = q[0].dtype
+    dtype: tl.constexpr = keys_from.dtype.element_ty
     acc: tl.constexpr = d_q[0].dtype
-    n_rows: tl.constexpr = q[0].shape[0]
+    n_rows: tl.constexpr = d_q[0].shape[0]
     tile_rows: tl.constexpr = BLOCK if PACK > 1 else F
     k = tl.arange(0, KEYS)
     skipped = tl.cast(first, tl.int64) * k_sf
@@ -259,16 +279,10 @@ def _differentiate_keys(
     if THERE < KEYS and PACK == 1:
         s = tl.where((k < THERE)[None, :], s, NEG_INF)
     clean = ()
-    d_z_right = ()
-    q_right = ()
     for j in tl.static_range(len(q)):
-        keys_j = operands(right_operand(keys[j], REORDER), PRECISION)
-        values_j = operands(right_operand(values[j], REORDER), PRECISION)
-        s = multiply(operands(as_operand(q[j], REORDER), PRECISION), keys_j, s, PRECISION)
-        d_p = multiply(operands(as_operand(d_z[j], REORDER), PRECISION), values_j, d_p, PRECISION)
+        s = multiply(q[j], operands(right_operand(keys[j], REORDER), PRECISION), s, PRECISION)
+        d_p = multiply(d_z[j], operands(right_operand(values[j], REORDER), PRECISION), d_p, PRECISION)
         clean = clean + (finite(ordered[j], PACK, acc),)
-        d_z_right = d_z_right + (column_halves(rows_exchanged(finite(d_z[j], PACK, acc))),)
-        q_right = q_right + (column_halves(rows_exchanged(finite((q[j].to(acc) * LN2).to(dtype), PACK, acc))),)
     fields = first + k
     ceiling = load_ceiling(mask, rows, fields, tile, batch, m_sb, m_sq, m_sk, F, PACK, MASK, acc)
     if PRECISION != "ieee":
@@ -608,18 +622,24 @@ def backward(
                                 d_z = d_z + (d_z_e,)
                                 delta += tl.sum(from_quads(d_z_e).to(acc) * z[e], 1)
                         d_q = ()
-                        for _ in tl.static_range(len(q)):
+                        natural = ()
+                        for j in tl.static_range(len(q)):
                             d_q = d_q + (tl.zeros((ROWS, BLOCK), acc),)
+                            natural = natural + ((q[j].to(acc) * LN2).to(dtype),)
+                        q_left = _left_operands(q, PRECISION, REORDER)
+                        d_z_left = _left_operands(d_z, PRECISION, REORDER)
+                        q_right = _right_halves(natural, PACK, acc)
+                        d_z_right = _right_halves(d_z, PACK, acc)
                         for first in tl.range(0, key_end, KEYS):
                             d_q = _differentiate_keys(
-                                q, d_z, d_q, shift, scale, delta, first, rows,
-                                scratch, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                                q_left, d_z_left, q_right, d_z_right, d_q, shift, scale, delta, first, rows, scratch,
+                                keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                                 m_sb, m_sq, m_sk, F, E, D, FACTORED, KEYS, KEYS, PACK, MASK, NEED_INPUT, NEED_SCORES,
                                 NEED_VALUES, PRECISION, REORDER,
                             )  # fmt: skip
                         d_q = _differentiate_keys(
-                            q, d_z, d_q, shift, scale, delta, key_end, rows,
-                            scratch, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                            q_left, d_z_left, q_right, d_z_right, d_q, shift, scale, delta, key_end, rows, scratch,
+                            keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                             m_sb, m_sq, m_sk, F, E, D, FACTORED, TAIL, (F - 1) % KEYS + 1, PACK, MASK, NEED_INPUT,
                             NEED_SCORES, NEED_VALUES, PRECISION, REORDER,
                         )  # fmt: skip

@@ -510,8 +510,8 @@ def _differentiate_columns(
     NEED_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Loads dy of a head's own columns of the output, from `first_out` on, and adds what it gives past the head. Returns
-    dx, and dy as `_output_operands`."""
+    """Loads dy of a head's own columns of the output, from `first_out` on, and adds what it gives past the head.
+    Returns dx, and dy as `_output_operands`."""
     d_y = _load_output_tiles(
         grad, relu_mask, first_out, nought, tile, batch, d_sb, d_sf, d_so, F, O, HEAD_OUT, HEAD_OUT, len(x_tiles), PACK,
         RELU, PRECISION,
