@@ -108,11 +108,15 @@ def _add_vector(pointer, vector, first, i, SIZE: tl.constexpr):
 
 
 @triton.jit
-def rows_exchanged(t):
-    """t [R, C], of every 16 rows 4 to 7 and 8 to 11 exchanged: bits 2 and 3 of their numbers."""
+def rows_exchanged(t, BIT: tl.constexpr = 1):
+    """t [R, C], of every 16 rows the bits 3 and BIT, 1 or 2, of their numbers exchanged.
+
+    Here BIT = 1 takes the fewest registers; rows that are loaded in this order come in fours, and take 2.
+    """
     r: tl.constexpr = t.shape[0]
     c: tl.constexpr = t.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(t, (r // BLOCK, 2, 2, 4, c)), (0, 2, 1, 3, 4)), (r, c))
+    low: tl.constexpr = 2**BIT
+    return tl.reshape(tl.permute(tl.reshape(t, (r // BLOCK, 2, 4 // low, 2, low, c)), (0, 3, 2, 1, 4, 5)), (r, c))
 
 
 @triton.jit

@@ -132,7 +132,7 @@ def _rows_exchanged(parts, PRECISION: tl.constexpr):
         return parts
     exchanged = ()
     for k in tl.static_range(len(parts)):
-        exchanged = exchanged + (rows_exchanged(parts[k]),)
+        exchanged = exchanged + (rows_exchanged(parts[k], 2),)
     return exchanged
 
 
