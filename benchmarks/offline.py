@@ -104,15 +104,15 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
     if compiled is None:
         raise RuntimeError("the kernel was not compiled: unset TRITON_INTERPRET before it is decorated")
     if compiled.hash not in _binaries:
-        _binaries[compiled.hash] = _read(compiled, arch)
+        _binaries[compiled.hash] = read_binary(compiled, arch)
     return _binaries[compiled.hash]
 
 
-def _read(compiled: Any, arch: str) -> Binary:
+def read_binary(compiled: Any, arch: str) -> Binary:
     """The figures of a kernel that Triton compiled."""
     meta, asm = compiled.metadata, compiled.asm
     if "cubin" in asm:
-        usage = _tool("cuobjdump", "--dump-resource-usage", asm["cubin"])
+        usage = binary_tool("cuobjdump", "--dump-resource-usage", asm["cubin"])
         used = re.search(rf"Function {re.escape(meta.name)}:\s*REG:(\d+) STACK:(\d+)", usage)
         if used is None:
             raise RuntimeError(f"cuobjdump says nothing about {meta.name}: {usage}")
@@ -139,7 +139,7 @@ def _read(compiled: Any, arch: str) -> Binary:
     )
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
+def binary_tool(name: str, option: str, cubin: bytes) -> str:
     """What a CUDA binary tool of the Triton wheel prints about `cubin`."""
     import triton
 
@@ -253,7 +253,7 @@ class Binary:
     @cached_property
     def sass(self) -> str:
         """The disassembled machine code (NVIDIA)."""
-        return _tool("nvdisasm", "-c", self._stage("cubin"))
+        return binary_tool("nvdisasm", "-c", self._stage("cubin"))
 
     @cached_property
     def code(self) -> tuple[tuple[Instruction, ...], Mapping[str, int]]:

