@@ -120,6 +120,20 @@ def rows_exchanged(t, BIT: tl.constexpr = 1):
 
 
 @triton.jit
+def _plus_products(total, lefts, rights, PRECISION: tl.constexpr):
+    """total [R, C] + the products of lefts [R, K] and rights [K, C]."""
+    # With fp32's accuracy, one addition rounds at the size of the total, not each of the products.
+    products = total
+    if PRECISION == "tf32x4":
+        products = tl.zeros_like(total)
+    for k in tl.static_range(len(lefts)):
+        products = dot(lefts[k], rights[k], products, PRECISION)
+    if PRECISION == "tf32x4":
+        products += total
+    return products
+
+
+@triton.jit
 def _add_products(
     pointer, lefts, rights, rows, left, stride, ROWS: tl.constexpr, THERE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -135,14 +149,10 @@ def _add_products(
             before = tl.load(pointers)
         else:
             before = tl.load(pointers, mask=inside, other=0.0)
-        # With fp32's accuracy, one addition rounds at the size of the total, not each of the products.
-        total = before
-        if PRECISION == "tf32x4":
-            total = tl.zeros_like(before)
-        for k in tl.static_range(len(lefts)):
-            total = dot(lefts[k], rights[k][half], total, PRECISION)
-        if PRECISION == "tf32x4":
-            total += before
+        rights_half = ()
+        for k in tl.static_range(len(rights)):
+            rights_half = rights_half + (rights[k][half],)
+        total = _plus_products(before, lefts, rights_half, PRECISION)
         if THERE:
             tl.store(pointers, total)
         else:
@@ -732,12 +742,12 @@ def backward(
                 if NEED_INPUT and RESIDUAL == PROJECTION:
                     added = ()
                     for e in tl.static_range(len(x_rows)):
-                        d_x_e = d_x_rows[e]
+                        rights = ()
                         for o in tl.static_range(len(d_y)):
                             r_h = weights + AT_R + first_out
                             r_t = load_transposed(r_h, e * BLOCK, o * BLOCK, quads, i, O, E, HEAD_OUT)
-                            d_x_e = dot(d_y[o], r_t.to(dtype), d_x_e, PRECISION)
-                        added = added + (d_x_e,)
+                            rights = rights + (r_t.to(dtype),)
+                        added = added + (_plus_products(d_x_rows[e], d_y, rights, PRECISION),)
                     d_x_rows = added
             if NEED_INPUT:
                 if RESIDUAL == IDENTITY:

@@ -114,7 +114,7 @@ class EngineSuite:
     @pytest.mark.parametrize("value", [False, True], ids=["nothing hidden", "all hidden"])
     def test_constant_masks(self, value: bool, mask_shape: Shape) -> None:
         masks = [torch.full(MASK_SIZES[form](mask_shape.b, mask_shape.f), value) for form in self.forms]
-        problems = [draw_problem(mask_shape, mask=mask) for mask in masks]
+        problems = [draw_problem(mask_shape, mask=mask) for mask in masks for _ in range(6)]
         runs = assert_rule(self.forward, problems)
         if value:
             for (x, p, _, _), ours in zip(problems, runs, strict=True):
