@@ -20,6 +20,7 @@ from .triton_math import (
     NEG_INF,
     PROJECTION,
     as_operand,
+    as_operands,
     block_pointers,
     column_run,
     dot,
@@ -31,6 +32,7 @@ from .triton_math import (
     load_transposed,
     multiply,
     operands,
+    operands_of,
     own_keys,
     quad_order,
     relu_words,
@@ -211,15 +213,6 @@ def sees_a_key(
 
 
 @triton.jit
-def _left_operands(t, PRECISION: tl.constexpr, REORDER: tl.constexpr):
-    """Chunks [R, 16], columns in `quad_order`, as `operands` of products with `right_operand`."""
-    left = ()
-    for j in tl.static_range(len(t)):
-        left = left + (operands(as_operand(t[j], REORDER), PRECISION),)
-    return left
-
-
-@triton.jit
 def _right_halves(t, PACK: tl.constexpr, ACC: tl.constexpr):
     """Chunks [R, 16] as `_add_products` takes them with left operands that are transposes of `rows_exchanged`."""
     right = ()
@@ -366,7 +359,7 @@ def _attend_shifted(
 
 @triton.jit
 def _softmax(
-    q,  # chunks of D [R, 16], columns in `quad_order`
+    q,  # chunks of D [R, 16], columns in `quad_order`, `as_operands`
     d_z,  # the same, or ()
     rows,
     keys_from,
@@ -398,21 +391,15 @@ def _softmax(
     delta = sum over keys of P dP [R]; and z = P values. The scale is 0 where every key is hidden."""
     n_rows: tl.constexpr = q[0].shape[0]
     dtype: tl.constexpr = q[0].dtype
-    left = ()
-    for j in tl.static_range(len(q)):
-        left = left + (as_operand(q[j], REORDER),)
-    d_z_left = ()
-    for j in tl.static_range(len(d_z)):
-        d_z_left = d_z_left + (as_operand(d_z[j], REORDER),)
     if PACK > 1:
         # Whatever a sample holds, packed ones' gradients keep their bits.
         reference, total, delta, z = _attend_shifted(
-            left, d_z_left, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+            q, d_z, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
             m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC,
         )  # fmt: skip
     else:
         z, total, delta, doubt = attend_unshifted(
-            left, d_z_left, no_doubt(n_rows), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile,
+            q, d_z, no_doubt(n_rows), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile,
             batch, m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC, 4,
         )  # fmt: skip
         for j in tl.static_range(len(z)):
@@ -420,7 +407,7 @@ def _softmax(
         reference = tl.zeros((n_rows, 4), ACC)
         if not certain(doubt, dtype):
             reference, total, delta, z = _attend_shifted(
-                left, d_z_left, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
+                q, d_z, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
                 m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT, ACC,
             )  # fmt: skip
     if dtype == tl.float16 or dtype == tl.bfloat16:
@@ -615,9 +602,9 @@ def backward(
                     if through_heads and PRECISION != "ieee":
                         unscaled = _values_gradient(d_y, weights, m_h, quads, i, D, HEAD_OUT, OUTPUT, acc, PRECISION)
                     shift, scale, delta, z = _softmax(
-                        q, unscaled, rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch,
-                        m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL, PACK, MASK, PRECISION, REORDER, EXACT,
-                        acc,
+                        as_operands(q, REORDER), as_operands(unscaled, REORDER), rows, keys_from, values_from, key_tile,
+                        k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk, key_end, F, D, FACTORED, KEYS, TAIL,
+                        PACK, MASK, PRECISION, REORDER, EXACT, acc,
                     )  # fmt: skip
                     if into_values:
                         for e in tl.static_range(len(z)):
@@ -640,8 +627,8 @@ def backward(
                         for j in tl.static_range(len(q)):
                             d_q = d_q + (tl.zeros((ROWS, BLOCK), acc),)
                             natural = natural + ((q[j].to(acc) * LN2).to(dtype),)
-                        q_left = _left_operands(q, PRECISION, REORDER)
-                        d_z_left = _left_operands(d_z, PRECISION, REORDER)
+                        q_left = operands_of(as_operands(q, REORDER), PRECISION)
+                        d_z_left = operands_of(as_operands(d_z, REORDER), PRECISION)
                         q_right = _right_halves(natural, PACK, acc)
                         d_z_right = _right_halves(d_z, PACK, acc)
                         for first in tl.range(0, key_end, KEYS):
@@ -663,15 +650,17 @@ def backward(
                         d_q = scaled
                         if NEED_INPUT:
                             tl.debug_barrier()
+                            rounded = ()
+                            for j in tl.static_range(len(d_q)):
+                                rounded = rounded + (d_q[j].to(dtype),)
+                            lefts = as_operands(rounded, REORDER)
                             for e in tl.static_range(len(x_rows)):
-                                lefts = ()
                                 rights = ()
                                 for j in tl.static_range(len(d_q)):
                                     columns = reordered(tl.arange(0, BLOCK), REORDER) + turn * nought
                                     a_t = load_transposed(
                                         weights + h * D, e * BLOCK, j * BLOCK, quads, columns, H * D, E, D
                                     )
-                                    lefts = lefts + (as_operand(d_q[j].to(dtype), REORDER),)
                                     rights = rights + (column_halves(a_t.to(dtype)),)
                                 _add_products(
                                     scratch, lefts, rights, rows, e * BLOCK, padded(E), tile_rows, False, PRECISION

@@ -96,6 +96,15 @@ def operands(t, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def operands_of(chunks, PRECISION: tl.constexpr):
+    """Of each chunk [R, 16], `operands`."""
+    left = ()
+    for j in tl.static_range(len(chunks)):
+        left = left + (operands(chunks[j], PRECISION),)
+    return left
+
+
+@triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, RESTS: tl.constexpr = True):
     """acc + a b of `operands`, in the precisions of `dot`.
 
@@ -125,6 +134,15 @@ def as_operand(t, REORDER: tl.constexpr):
         c: tl.constexpr = t.shape[1]
         t = tl.reshape(tl.permute(tl.reshape(t, (r, c // 8, 4, 2)), (0, 1, 3, 2)), (r, c))
     return t
+
+
+@triton.jit
+def as_operands(chunks, REORDER: tl.constexpr):
+    """Of each chunk [R, 16], `as_operand`."""
+    left = ()
+    for j in tl.static_range(len(chunks)):
+        left = left + (as_operand(chunks[j], REORDER),)
+    return left
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .triton_math import (
     NEG_INF,
     PROJECTION,
     as_operand,
+    as_operands,
     column_run,
     dot,
     finite,
@@ -32,6 +33,7 @@ from .triton_math import (
     load_vector,
     multiply,
     operands,
+    operands_of,
     own_keys,
     poison,
     quad_order,
@@ -470,13 +472,10 @@ def attend_unshifted(
     """As `attend`, without row maxima: z, the rows' sums [R, 4], delta [R], given dz, and doubt of all of it but z."""
     n_rows: tl.constexpr = q[0].shape[0]
     dtype: tl.constexpr = q[0].dtype
-    left = ()
-    d_z_left = ()
+    left = operands_of(q, PRECISION)
+    d_z_left = operands_of(d_z, PRECISION)
     z = ()
-    for i in tl.static_range(len(d_z)):
-        d_z_left = d_z_left + (operands(d_z[i], PRECISION),)
-    for i in tl.static_range(len(q)):
-        left = left + (operands(q[i], PRECISION),)
+    for _ in tl.static_range(len(q)):
         z = z + (tl.zeros((n_rows, BLOCK), ACC),)
     sums = tl.zeros((n_rows, 8), ACC)
     running = ()
@@ -580,11 +579,8 @@ def _add_head(
     if FACTORED:
         keys_from += h * D
         values_from += h * D
-    q = ()
     columns = restoring(i, REORDER) if SHIFTED else quad_order(i)
-    in_order = queries(x_rows, weights, h, i, columns, E, H, D, PRECISION)
-    for j in tl.static_range(len(in_order)):
-        q = q + (as_operand(in_order[j], REORDER),)
+    q = as_operands(queries(x_rows, weights, h, i, columns, E, H, D, PRECISION), REORDER)
     if SHIFTED:
         _, row_sum, _, _, z = attend(
             q, (), rows, keys_from, values_from, key_tile, k_sb, k_sf, k_se, mask, tile, batch, m_sb, m_sq, m_sk,
